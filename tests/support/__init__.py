@@ -1,0 +1,1 @@
+"""Shared by the tests of the operators and of the reference: random problems, their truth, derived tolerances."""
