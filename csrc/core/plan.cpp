@@ -1,0 +1,345 @@
+#include "plan.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <sstream>
+#include <vector>
+
+namespace la2 {
+namespace {
+
+constexpr int64_t kMaxHeadDim = 256;
+constexpr int64_t kSegmentStep = 64;   // every chunk size divides it
+constexpr int64_t kMinSegment = 256;   // shorter ones spend their time on the states between them
+constexpr int64_t kMaxSegments = 64;   // each folds the states of all before it
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int tile_a_for(int64_t dim) { return dim <= 64 ? 64 : dim <= 128 ? 128 : 256; }
+
+// What one chunk of one block takes, in microseconds on one H200 (csrc/kernels/DESIGN.md): alone on its SM, and
+// per block when blocks share the SM.
+struct ChunkCost {
+  double alone, shared;
+};
+struct TileCost {
+  Tile tile;
+  int blocks_per_sm;  // by registers
+  ChunkCost main, state_only;
+};
+
+// sm80: 16 columns of Dc to a warp; chunks of 64 tokens, 32 where Da is 256 (two stages within 99 KB).
+constexpr TileCost kSm80Tiles[] = {
+    {{64, 64, 64}, 4, {1.10, 0.55}, {0.70, 0.30}},  {{64, 128, 64}, 2, {1.30, 0.90}, {0.80, 0.50}},
+    {{128, 64, 64}, 3, {1.60, 0.95}, {0.90, 0.50}}, {{128, 128, 64}, 1, {2.10, 2.10}, {1.10, 1.10}},
+    {{256, 64, 32}, 2, {1.70, 1.20}, {0.95, 0.60}},
+};
+// simt: fp32 arithmetic bound.
+constexpr TileCost kSimtTiles[] = {
+    {{64, 64, 32}, 2, {4.0, 2.5}, {2.0, 1.3}},
+    {{128, 64, 32}, 1, {7.0, 5.0}, {3.0, 2.2}},
+    {{256, 64, 32}, 1, {13.0, 9.0}, {6.0, 4.5}},
+};
+constexpr TileCost kSimtDoubleTiles[] = {
+    {{64, 32, 32}, 2, {8.0, 5.0}, {4.0, 2.6}},
+    {{128, 32, 32}, 1, {14.0, 10.0}, {6.0, 4.4}},
+    {{256, 32, 32}, 1, {26.0, 18.0}, {12.0, 9.0}},
+};
+constexpr double kLaunchUs = 3.0;      // one more kernel on the stream
+constexpr double kFoldUs = 0.6;        // reading one state of an earlier segment
+
+struct Job {
+  int64_t dim_a, dim_c;
+};
+
+struct Candidate {
+  Plan plan;
+  double us = 0;
+};
+
+template <size_t n>
+const TileCost* find_among(const TileCost (&tiles)[n], int tile_a, int slice) {
+  for (const TileCost& t : tiles)
+    if (t.tile.tile_a == tile_a && t.tile.slice == slice) return &t;
+  return nullptr;
+}
+
+const TileCost* find_tile(DType dtype, int tile_a, int slice) {
+  if (dtype == DType::kFloat32) return find_among(kSimtTiles, tile_a, slice);
+  if (dtype == DType::kFloat64) return find_among(kSimtDoubleTiles, tile_a, slice);
+  return find_among(kSm80Tiles, tile_a, slice);
+}
+
+Family family_for(DType dtype) {
+  return dtype == DType::kBFloat16 || dtype == DType::kFloat16 ? Family::kSm80 : Family::kSimt;
+}
+
+// The simt blocks stay within what every GPU grants.
+int64_t shared_bytes(Family family, const Tile& tile, bool slope_grad) {
+  return family == Family::kSm80 ? sm80_shared_bytes(tile, slope_grad) : 48 * 1024;
+}
+
+// One launch of `jobs` blocks-per-unit shapes, every block walking `chunks` chunks.
+double launch_us(const TileCost& cost, const ChunkCost& chunk, int64_t blocks, int64_t tokens, const DeviceProps& device,
+                 bool slope_grad, Family family) {
+  if (blocks == 0 || tokens == 0) return kLaunchUs;
+  const int64_t bytes = shared_bytes(family, cost.tile, slope_grad) + 1024;
+  const int64_t fitting = std::max<int64_t>(1, std::min<int64_t>(cost.blocks_per_sm, device.shared_per_sm / bytes));
+  const int64_t resident = std::min(fitting, ceil_div(blocks, device.num_sms));
+  const int64_t waves = ceil_div(blocks, resident * device.num_sms);
+  const double per_chunk = std::max(chunk.alone, static_cast<double>(resident) * chunk.shared);
+  return kLaunchUs + static_cast<double>(waves * ceil_div(tokens, cost.tile.chunk)) * per_chunk;
+}
+
+const char* dtype_text(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return "fp32";
+    case DType::kBFloat16:
+      return "bf16";
+    case DType::kFloat16:
+      return "fp16";
+    default:
+      return "fp64";
+  }
+}
+
+const char* family_text(Family family) { return family == Family::kSimt ? "simt" : "sm80"; }
+
+struct Forced {
+  std::string family;
+  int64_t slice = 0, segments = 0;
+};
+
+Status parse_number(const std::string& key, const std::string& text, int64_t* value) {
+  char* end = nullptr;
+  *value = std::strtoll(text.c_str(), &end, 10);
+  if (text.empty() || *end != 0 || *value <= 0)
+    return Status::error(key + " is '" + text + "', expected a positive whole number");
+  return Status::ok();
+}
+
+Status parse_forced(const std::string& text, Forced* forced) {
+  std::istringstream fields(text);
+  std::string field;
+  while (std::getline(fields, field, ',')) {
+    const size_t equals = field.find('=');
+    const std::string key = field.substr(0, equals);
+    const std::string value = equals == std::string::npos ? "" : field.substr(equals + 1);
+    if (key == "family") {
+      if (value != "simt" && value != "sm80")
+        return Status::error("LA2_PLAN: family is '" + value + "', expected simt or sm80");
+      forced->family = value;
+    } else if (key == "slice") {
+      if (Status s = parse_number("LA2_PLAN: slice", value, &forced->slice); !s.is_ok()) return s;
+    } else if (key == "segments") {
+      if (Status s = parse_number("LA2_PLAN: segments", value, &forced->segments); !s.is_ok()) return s;
+    } else {
+      return Status::error("LA2_PLAN: unknown key '" + key + "', expected family, slice or segments");
+    }
+  }
+  return Status::ok();
+}
+
+Status check_dim(const char* name, int64_t dim) {
+  if (dim > 0 && dim <= kMaxHeadDim && dim % 8 == 0) return Status::ok();
+  return Status::error(std::string(name) + " is " + std::to_string(dim) + ", expected a multiple of 8 up to 256");
+}
+
+// Longest sequence possible: packed, all tokens may belong to one.
+int64_t longest(const Problem& p) { return p.length; }
+
+int64_t count_units(const Problem& p, int64_t segment_len) {
+  if (!p.packed) return p.num_seqs * std::max<int64_t>(1, ceil_div(p.length, segment_len));
+  return p.num_seqs + p.length / segment_len;
+}
+
+// The plan with these tiles and this number of segments, and its predicted time.
+Candidate evaluate(const Problem& p, const DeviceProps& device, Family family, const std::vector<const TileCost*>& tiles,
+                   const std::vector<std::vector<Job>>& launches, int64_t segments) {
+  Candidate candidate;
+  Plan& plan = candidate.plan;
+  plan.family = family;
+  plan.num_launches = static_cast<int>(launches.size());
+  for (size_t i = 0; i < tiles.size(); ++i) plan.tiles[i] = tiles[i]->tile;
+  const int64_t tokens = std::max<int64_t>(longest(p), 1);
+  plan.segment_len = ceil_div(ceil_div(tokens, segments), kSegmentStep) * kSegmentStep;
+  plan.num_segments = ceil_div(tokens, plan.segment_len);
+  plan.num_units = count_units(p, plan.segment_len);
+  const bool cut = plan.num_segments > 1;
+  plan.local_states = cut ? plan.num_units * (p.backward ? 2 : 1) : 0;
+  if (p.slope_grad) {
+    const int64_t slots = p.batch * p.length / plan.tiles[0].chunk + p.num_seqs;
+    plan.dot_floats = 2 * slots * p.heads * ceil_div(p.dim_k, plan.tiles[0].slice) * 3;
+  }
+
+  // Blocks with something to do: packed, as many as the tokens fill, evenly cut.
+  const int64_t busy_units = p.packed ? std::max<int64_t>(1, ceil_div(p.length, plan.segment_len)) : plan.num_units;
+  const int64_t walked = std::min(plan.segment_len, tokens);
+  double us = 0;
+  for (size_t i = 0; i < launches.size(); ++i) {
+    int64_t blocks = 0, state_blocks = 0;
+    for (size_t j = 0; j < launches[i].size(); ++j) {
+      const int64_t slices = ceil_div(launches[i][j].dim_c, tiles[i]->tile.slice);
+      blocks += busy_units * p.heads * slices;
+      if (j < 2) state_blocks += busy_units * p.heads * slices;  // dv shares dk's states
+    }
+    us += launch_us(*tiles[i], tiles[i]->main, blocks, walked, device, p.slope_grad, family);
+    if (cut && i == 0)
+      us += launch_us(*tiles[i], tiles[i]->state_only, state_blocks, walked, device, false, family);
+  }
+  if (cut) us += kFoldUs * static_cast<double>(plan.num_segments - 1);
+  plan.predicted_us = us;
+  candidate.us = us;
+  return candidate;
+}
+
+}  // namespace
+
+Status make_plan(const Problem& p, const DeviceProps& device, const std::string& forced_text, Plan* plan) {
+  Forced forced;
+  if (Status s = parse_forced(forced_text, &forced); !s.is_ok()) return s;
+  if (Status s = check_dim("head dim of q and k", p.dim_k); !s.is_ok()) return s;
+  if (Status s = check_dim("head dim of v", p.dim_v); !s.is_ok()) return s;
+  if (p.batch < 0 || p.heads < 0 || p.length < 0 || p.num_seqs < 0)
+    return Status::error("batch, heads, length and num_seqs are expected to be at least 0");
+  if (!p.packed && p.num_seqs != p.batch)
+    return Status::error("num_seqs is " + std::to_string(p.num_seqs) + ", expected the batch, " +
+                         std::to_string(p.batch) + ", without cu_seqlens");
+  if (device.compute_capability < 80)
+    return Status::error("the GPU has compute capability " + std::to_string(device.compute_capability / 10) + "." +
+                         std::to_string(device.compute_capability % 10) + ", expected 8.0 or later");
+  if (device.num_sms <= 0) return Status::error("the device has no multiprocessors");
+
+  const Family family = family_for(p.dtype);
+  if (!forced.family.empty() && forced.family != family_text(family))
+    return Status::error("LA2_PLAN: family " + forced.family + " has no kernels for " + dtype_text(p.dtype) +
+                         ", expected " + family_text(family));
+
+  // Jobs by launch (csrc/kernels/trilinear.h).
+  std::vector<std::vector<Job>> launches;
+  const Job out_or_dv{p.dim_k, p.dim_v}, dq_or_dk{p.dim_v, p.dim_k};
+  if (!p.backward) {
+    launches = {{out_or_dv}};
+  } else if (tile_a_for(p.dim_k) == tile_a_for(p.dim_v)) {
+    launches = {{dq_or_dk, dq_or_dk, out_or_dv}};
+  } else {
+    launches = {{dq_or_dk, dq_or_dk}, {out_or_dv}};
+  }
+
+  // Every pair of slices, every number of segments, the best prediction.
+  const int64_t slices[] = {32, 64, 128};
+  bool found = false;
+  double best = 0;
+  std::vector<int64_t> segment_counts;
+  if (forced.segments > 0) {
+    segment_counts = {forced.segments};
+  } else {
+    const int64_t most = std::min(kMaxSegments, std::max<int64_t>(1, longest(p) / kMinSegment));
+    for (int64_t n = 1; n <= most; n = n < 4 ? n + 1 : n + n / 4) segment_counts.push_back(n);
+  }
+  for (const int64_t slice0 : slices) {
+    for (const int64_t slice1 : slices) {
+      std::vector<const TileCost*> tiles;
+      bool fits = true;
+      for (size_t i = 0; i < launches.size(); ++i) {
+        const int64_t slice = i == 0 ? slice0 : slice1;
+        const TileCost* tile = find_tile(p.dtype, tile_a_for(launches[i][0].dim_a), static_cast<int>(slice));
+        fits = fits && tile != nullptr && shared_bytes(family, tile->tile, p.slope_grad) <= device.shared_per_block;
+        fits = fits && (forced.slice == 0 || forced.slice == slice);
+        tiles.push_back(tile);
+      }
+      if (!fits || (launches.size() == 1 && slice1 != slice0)) continue;
+      for (const int64_t segments : segment_counts) {
+        const Candidate candidate = evaluate(p, device, family, tiles, launches, segments);
+        if (found && candidate.us >= best) continue;
+        found = true;
+        best = candidate.us;
+        *plan = candidate.plan;
+      }
+    }
+  }
+  if (!found) {
+    std::ostringstream text;
+    text << "no kernel of family " << family_text(family) << " fits: head dims " << p.dim_k << " and " << p.dim_v
+         << " in " << device.shared_per_block << " bytes of shared memory";
+    if (forced.slice > 0) text << " with slice " << forced.slice;
+    return Status::error(text.str());
+  }
+  return Status::ok();
+}
+
+std::string describe(const Problem& p, const DeviceProps& device, const Plan& plan) {
+  std::ostringstream line;
+  line << (p.backward ? "backward" : "forward") << ' ' << dtype_text(p.dtype) << " B=" << p.batch << " H=" << p.heads
+       << " N=" << p.length << " D=" << p.dim_k << " E=" << p.dim_v;
+  if (p.packed) line << " packed=" << p.num_seqs;
+  if (p.slope_grad) line << " dslope";
+  line << " on sm_" << device.compute_capability << 'x' << device.num_sms << ": " << family_text(plan.family);
+  for (int i = 0; i < plan.num_launches; ++i)
+    line << (i ? " + " : " ") << "tile " << plan.tiles[i].tile_a << " slice " << plan.tiles[i].slice << " chunk "
+         << plan.tiles[i].chunk;
+  line << ", " << plan.num_segments << (plan.num_segments == 1 ? " segment of " : " segments of ") << plan.segment_len
+       << ", " << plan.num_units << " units";
+  char number[64];
+  std::snprintf(number, sizeof number, ", workspace %.2f MiB, predicted %.0f us",
+                static_cast<double>((plan.local_states * p.heads * p.dim_k * p.dim_v + plan.dot_floats) *
+                                    (p.dtype == DType::kFloat64 ? 8 : 4)) /
+                    (1024.0 * 1024.0),
+                plan.predicted_us);
+  line << number;
+  return line.str();
+}
+
+Status parse_problem(const std::string& text, Problem* p) {
+  std::vector<std::string> fields;
+  std::istringstream stream(text);
+  for (std::string field; std::getline(stream, field, ',');) fields.push_back(field);
+  if (fields.size() < 6)
+    return Status::error("problem is '" + text + "', expected B,H,N,D,E,dtype[,backward][,dslope][,packed=NUM_SEQS]");
+  int64_t* const numbers[] = {&p->batch, &p->heads, &p->length, &p->dim_k, &p->dim_v};
+  const char* const names[] = {"B", "H", "N", "D", "E"};
+  for (int i = 0; i < 5; ++i)
+    if (Status s = parse_number(names[i], fields[static_cast<size_t>(i)], numbers[i]); !s.is_ok()) return s;
+  const std::string& dtype = fields[5];
+  bool known = false;
+  for (const DType t : {DType::kFloat32, DType::kBFloat16, DType::kFloat16, DType::kFloat64}) {
+    if (dtype != dtype_text(t)) continue;
+    p->dtype = t;
+    known = true;
+  }
+  if (!known) return Status::error("dtype is '" + dtype + "', expected bf16, fp16, fp32 or fp64");
+  p->num_seqs = p->batch;
+  for (size_t i = 6; i < fields.size(); ++i) {
+    if (fields[i] == "backward") {
+      p->backward = true;
+    } else if (fields[i] == "dslope") {
+      p->slope_grad = true;
+    } else if (fields[i].rfind("packed=", 0) == 0) {
+      p->packed = true;
+      if (Status s = parse_number("packed", fields[i].substr(7), &p->num_seqs); !s.is_ok()) return s;
+    } else {
+      return Status::error("'" + fields[i] + "' is unknown, expected backward, dslope or packed=NUM_SEQS");
+    }
+  }
+  return Status::ok();
+}
+
+Status parse_device(const std::string& text, DeviceProps* device) {
+  int capability = 0, sms = 0, used = 0;
+  if (std::sscanf(text.c_str(), "sm_%dx%d%n", &capability, &sms, &used) != 2 ||
+      used != static_cast<int>(text.size()) || sms <= 0)
+    return Status::error("device is '" + text + "', expected sm_<capability>x<multiprocessors>, as sm_90x132");
+  device->compute_capability = capability;
+  device->num_sms = sms;
+  // Shared memory by the CUDA programming guide's table of compute capabilities.
+  const bool large = capability == 80 || capability == 87;
+  const bool larger = capability == 90 || capability == 100 || capability == 103;
+  device->shared_per_sm = (larger ? 228 : large ? 164 : 100) * 1024;
+  device->shared_per_block = device->shared_per_sm - 1024;
+  return Status::ok();
+}
+
+}  // namespace la2

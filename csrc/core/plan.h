@@ -1,0 +1,59 @@
+// How the work of one call is cut for a GPU: a pure function from what is asked and what the device has to a plan
+// that fits on one line. No tuning at run time; the constants of the cost model carry their measurement.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "dtype.h"
+#include "status.h"
+#include "tile.h"
+
+namespace la2 {
+
+struct Problem {
+  bool backward = false;
+  DType dtype = DType::kBFloat16;
+  int64_t batch = 1, heads = 1, length = 0;  // B, H, N
+  int64_t dim_k = 0, dim_v = 0;              // D, E
+  int64_t num_seqs = 1;                      // = batch when dense
+  bool packed = false;                       // cu_seqlens given: the lengths are known to the device alone
+  bool slope_grad = false;
+};
+
+struct DeviceProps {
+  int compute_capability = 0;         // 80, 86, 89, 90, ...
+  int num_sms = 0;
+  int64_t shared_per_block = 0;       // bytes a block may ask for
+  int64_t shared_per_sm = 0;
+};
+
+// simt: fp32 and fp64 without matrix units. sm80: bf16 and fp16 through mma.sync.
+enum class Family { kSimt, kSm80 };
+
+// forward: launch 0 computes out. backward: launch 0 computes dq and dk (Da = E, Dc = D) and, where the tiles
+// agree, dv (Da = D, Dc = E); else launch 1 computes dv.
+struct Plan {
+  Family family = Family::kSm80;
+  int num_launches = 0;
+  Tile tiles[2];
+  int64_t segment_len = 0;   // tokens, a multiple of every chunk; one segment: at least the longest sequence
+  int64_t num_segments = 1;  // of the longest possible sequence
+  int64_t num_units = 0;     // bound on segments over all sequences
+  int64_t local_states = 0;  // of [H, D, E] in the workspace (0: one segment)
+  int64_t dot_floats = 0;    // slope gradient: elements of the workspace for dq's and dk's dots
+  double predicted_us = 0;
+};
+
+// Fails with a sentence where no kernel serves the problem. `forced` is the value of LA2_PLAN: a comma-separated list
+// of key=value out of family=simt|sm80, slice=64|128, segments=N; empty: free choice.
+Status make_plan(const Problem& problem, const DeviceProps& device, const std::string& forced, Plan* plan);
+
+// One line for people: the problem, the device, the plan.
+std::string describe(const Problem& problem, const DeviceProps& device, const Plan& plan);
+
+// The inverse of what people type: "B,H,N,D,E,dtype[,backward][,packed=NUM_SEQS]" and "sm_90x132". Used by `info --plan`.
+Status parse_problem(const std::string& text, Problem* problem);
+Status parse_device(const std::string& text, DeviceProps* device);
+
+}  // namespace la2

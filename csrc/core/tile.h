@@ -1,0 +1,25 @@
+// The tile of one kernel launch, and what of its cost kernels and planner must agree on.
+#pragma once
+
+#include <stdint.h>
+
+namespace la2 {
+
+// csrc/kernels/trilinear.h: Da is the contracted dim, Dc the dim of c and out.
+struct Tile {
+  int tile_a = 0;  // Da rounded up: 64, 128 or 256
+  int slice = 0;   // columns of Dc to a block
+  int chunk = 0;   // tokens to a chunk
+};
+
+// Bytes of shared memory of an sm80 block: two stages of a, b [chunk, tile_a] and c [chunk, slice], the scores
+// [chunk, chunk], the powers of lambda; for the slope gradient a second tile of scores and a few sums.
+constexpr int64_t sm80_shared_bytes(const Tile& t, bool slope_grad) {
+  const int64_t chunk = t.chunk;
+  const int64_t tiles = 2 * (2 * chunk * (2 * t.tile_a + t.slice) + chunk * chunk);
+  const int64_t decay = 2 * (2 * chunk + 1) * 4;
+  const int64_t slope = slope_grad ? (2 * chunk * chunk + 16 + t.slice / 16 * 12 + 127) / 128 * 128 : 0;
+  return (tiles + decay + 127) / 128 * 128 + slope;
+}
+
+}  // namespace la2

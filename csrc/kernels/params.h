@@ -1,0 +1,102 @@
+// What a kernel is asked to do: plain structs of raw pointers, sizes and strides. No torch, no CUDA, no
+// standard library: every kernel family (cpu, simt, sm80, sm90) takes exactly these.
+//
+// Letters, the same as in triton_ref/README.md: B batch, H heads, N length, D = dim_k key dim, E = dim_v
+// value dim, s slope, lambda = exp(-s), S state [D, E]. All strides are 64-bit and count elements.
+#pragma once
+
+#include <stdint.h>
+
+#include "../core/dtype.h"
+
+namespace la2 {
+
+// A [B, H, N, dim] tensor whose last stride is 1. Packed: B is 1 and N the total number of tokens.
+struct Rows {
+  const void* data;
+  int64_t stride_b, stride_h, stride_n;
+};
+struct MutableRows {
+  void* data;
+  int64_t stride_b, stride_h, stride_n;
+};
+
+// A [num_seqs, H, D, E] state in the accumulation dtype (float64 for float64 inputs, else float32), any
+// strides, so that a transposed (VK) pool needs no copy. data == nullptr: absent.
+struct State {
+  const void* data;
+  int64_t stride_s, stride_h, stride_d, stride_e;
+};
+struct MutableState {
+  void* data;
+  int64_t stride_s, stride_h, stride_d, stride_e;
+};
+
+// Slopes s >= 0, [num_seqs, H] in the accumulation dtype; stride_s == 0 for a shared [H] slope.
+// data == nullptr: s = 0 everywhere (plain linear attention).
+struct Slopes {
+  const void* data;
+  int64_t stride_s, stride_h;
+};
+
+// Sequence i is rows [cu_seqlens[i], cu_seqlens[i + 1]) of batch row 0. data == nullptr: dense, sequence
+// i is the N rows of batch row i.
+struct SeqOffsets {
+  const void* data;  // [num_seqs + 1]
+  bool is_int64;
+};
+
+struct Sizes {
+  int64_t batch, heads, length;  // B, H, N
+  int64_t dim_k, dim_v;          // D, E
+  int64_t num_seqs;              // number of states: B when dense
+};
+
+// S_t = lambda S_{t-1} + k_t v_t^T,  o_t = scale q_t^T S_t.
+struct ForwardParams {
+  Sizes sizes;
+  DType dtype;
+  Rows q, k;                  // [B, H, N, D]
+  Rows v;                     // [B, H, N, E]
+  MutableRows out;            // [B, H, N, E]
+  Slopes slope;
+  State initial_state;        // S_{-1}; absent: zero
+  MutableState final_state;   // S_{N-1}; absent: not wanted. An empty sequence copies its initial state.
+  SeqOffsets cu_seqlens;
+  double scale;
+};
+
+// Gradients of <grad_out, out> + <grad_final_state, S_{N-1}>.
+struct BackwardParams {
+  Sizes sizes;
+  DType dtype;
+  Rows grad_out;                    // [B, H, N, E]
+  State grad_final_state;           // absent: zero
+  Rows q, k;                        // [B, H, N, D]
+  Rows v;                           // [B, H, N, E]
+  Slopes slope;
+  State initial_state;
+  SeqOffsets cu_seqlens;
+  double scale;
+  MutableRows grad_q, grad_k;       // [B, H, N, D]
+  MutableRows grad_v;               // [B, H, N, E]
+  MutableState grad_initial_state;  // absent: not wanted. Empty sequence: a copy of grad_final_state (or 0).
+  void* grad_slope;                 // [num_seqs, H] contiguous, accumulation dtype; nullptr: not wanted
+};
+
+// One token a row against a pool of states, updated in place. Row i uses slot state_indices[i]; a negative
+// slot is padding (state untouched, output row zero). No indices: row i uses slot i.
+struct DecodeParams {
+  int64_t rows, heads, dim_k, dim_v, slots;
+  DType dtype;
+  Rows q, k;            // [rows, H, D]: stride_b is the row stride, stride_n unused
+  Rows v;               // [rows, H, E]
+  MutableRows out;      // [rows, H, E]
+  MutableState state;   // [slots, H, D, E], accumulation dtype
+  Slopes slope;         // [H] or [rows, H]
+  const void* state_indices;  // [rows] or nullptr
+  bool indices_are_int64;
+  double scale;
+};
+
+}  // namespace la2

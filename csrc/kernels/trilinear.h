@@ -1,0 +1,78 @@
+// The one kernel of this project and how its work is cut.
+//
+//   T(a, b, c)_i = sum over j <= i (reverse: j >= i) of lambda^|i-j| (a_i . b_j) c_j
+//
+//   out = T(q, k, v)    dq = T(dout, v, k)    dk = T_rev(v, dout, q)    dv = T_rev(k, q, dout)
+//
+// so forward is one job and backward three jobs of the same kernel, in one launch where their tiles agree.
+// A job walks a segment of a sequence chunk by chunk with its state in registers. With C the rows in the
+// chunk (the last chunk of a sequence may have fewer; then C is its own length), i, j = 0..C-1, and the state
+// Z [Da, Dc] carried from chunk to chunk:
+//
+//   forward:  out_i = inter lambda^(i+1)   a_i Z + intra sum_{j<=i} lambda^(i-j) (a_i . b_j) c_j
+//             Z     = lambda^C Z + update sum_j lambda^(C-1-j) b_j c_j^T
+//   reverse:  out_i = inter lambda^(C-1-i) a_i Z + intra sum_{j>=i} lambda^(j-i) (a_i . b_j) c_j
+//             Z     = lambda^C Z + update sum_j lambda^(j+1)   b_j c_j^T
+//
+// In the reverse sweep Z is the gradient of the state times lambda, so that it enters the last chunk as
+// grad_final_state itself, undecayed, and leaves the first one as grad_initial_state (triton_ref/README.md).
+#pragma once
+
+#include "params.h"
+
+namespace la2 {
+
+constexpr int kMaxJobs = 3;
+
+struct TrilinearJob {
+  Rows a, b;            // [B, H, N, Da]
+  Rows c;               // [B, H, N, Dc]
+  MutableRows out;      // [B, H, N, Dc]
+  int32_t dim_a, dim_c;
+  bool reverse;
+  double inter, intra, update;  // factors of the equations above: forward (scale, scale, 1), reverse (1, scale, scale)
+  State initial;        // Z entering the sequence [num_seqs, H, Da, Dc]; absent: zero
+  MutableState final;   // Z leaving the sequence; absent: not wanted. An empty sequence copies `initial`.
+  // A state per unit, [num_units, H, Da, Dc] (stride_s steps units), where sequences are cut: the state pass leaves
+  // in it what each segment gathers alone, from zero; the combine pass turns that into Z as it enters the segment
+  // (`initial` included), which is what the main pass starts from. Jobs that sweep alike over the same b and c may
+  // share one, transposed.
+  MutableState local;
+
+  // Slope gradient (nullptr: not wanted). out_inter is the part of out through Z. With x the row operand that
+  // pairs with out (q for dq, k for dk), for every chunk, head and slice of Dc, in the accumulation dtype:
+  //   dots[0] = sum_i x_i . out_inter_i
+  //   dots[1] = sum_i n_i x_i . out_inter_i                    n_i = i + 1 forward, C-1-i reverse
+  //   dots[2] = sum_{j<i} (i-j) lambda^(i-j) intra (a_i . b_j)(c_j . x_i)       of use from a forward job alone
+  Rows x;               // [B, H, N, Dc]
+  void* dots;           // [num_chunk_slots, H, num_slices, 3]
+};
+
+struct TrilinearParams {
+  TrilinearJob jobs[kMaxJobs];
+  int32_t num_jobs;
+  Sizes sizes;
+  Slopes slope;
+  SeqOffsets cu_seqlens;
+  // Every sequence is cut into segments of segment_len tokens (a multiple of the chunk; the last may be
+  // shorter; an empty sequence has one, empty). A unit is one segment of one sequence, numbered sequence by
+  // sequence. num_units bounds their number: num_seqs * segments when dense; num_seqs + N / segment_len when
+  // packed, where blocks beyond the last unit have nothing to do.
+  int64_t segment_len;
+  int64_t num_units;
+  bool is_cut;  // some sequence may have more than one segment: the passes before the main one were run
+};
+
+// Chunk slots of the slope gradient's dots: the chunks of a sequence that starts at token `start` are
+// first_chunk_slot(...) + 0, 1, ... Slots of different sequences never meet.
+#if defined(__CUDACC__)
+#define LA2_BOTH __host__ __device__
+#else
+#define LA2_BOTH
+#endif
+// Dense: start = batch row * N. There are B N / chunk + num_seqs slots.
+LA2_BOTH inline int64_t first_chunk_slot(int64_t start, int64_t sequence, int64_t chunk) {
+  return start / chunk + sequence;
+}
+
+}  // namespace la2

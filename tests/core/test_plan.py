@@ -1,0 +1,150 @@
+"""The planner: every plan covers its problem, fits its device, and is the same each time; what it cannot plan it
+says in a sentence."""
+
+import math
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+GOLDEN = Path(__file__).with_name("golden_plans.txt")
+DEVICES = ("sm_80x108", "sm_86x84", "sm_89x128", "sm_90x132", "sm_100x148", "sm_120x170")
+HEAD_DIMS = st.integers(1, 32).map(lambda n: 8 * n)
+
+
+@st.composite
+def problems(draw, core):
+    problem = core.Problem()
+    problem.backward = draw(st.booleans())
+    problem.dtype = draw(st.sampled_from([core.DType.bf16, core.DType.fp16, core.DType.fp32, core.DType.fp64]))
+    problem.heads = draw(st.integers(0, 128))
+    problem.length = draw(st.one_of(st.integers(0, 300), st.integers(0, 2_000_000)))
+    problem.dim_k, problem.dim_v = draw(HEAD_DIMS), draw(HEAD_DIMS)
+    problem.packed = draw(st.booleans())
+    problem.batch = 1 if problem.packed else draw(st.integers(0, 64))
+    problem.num_seqs = draw(st.integers(0, 300)) if problem.packed else problem.batch
+    problem.slope_grad = problem.backward and draw(st.booleans())
+    return problem
+
+
+def jobs(problem):
+    """(Da, Dc) of the jobs of every launch, as csrc/core/plan.h describes them."""
+    forward, dq = (problem.dim_k, problem.dim_v), (problem.dim_v, problem.dim_k)
+    return [forward] if not problem.backward else [dq, dq, forward]
+
+
+@given(st.data())
+@settings(deadline=None, max_examples=200)
+def test_plans_cover_and_fit(core, data):
+    problem = data.draw(problems(core))
+    device = core.device(data.draw(st.sampled_from(DEVICES)))
+    plan = core.plan(problem, device)
+    assert 1 <= len(plan.tiles) <= (2 if problem.backward else 1)
+
+    # Tiles: big enough for the contracted dim, in shared memory, and every column of Dc in exactly one slice.
+    for i, (dim_a, dim_c) in enumerate(jobs(problem)):
+        tile = plan.tiles[min(i // 2, len(plan.tiles) - 1)]
+        assert tile.tile_a >= dim_a and tile.chunk > 0
+        assert math.ceil(dim_c / tile.slice) * tile.slice >= dim_c
+        if plan.family == core.Family.sm80:
+            shared = core.sm80_shared_bytes(tile.tile_a, tile.slice, tile.chunk, problem.slope_grad)
+            assert shared <= device.shared_per_block
+
+    # Segments: whole chunks, every token of every sequence in exactly one.
+    assert plan.segment_len % 64 == 0 and plan.segment_len > 0
+    if problem.packed:
+        cuts = sorted(data.draw(st.lists(st.integers(0, problem.length), max_size=max(problem.num_seqs - 1, 0))))
+        lengths = [b - a for a, b in zip([0, *cuts], [*cuts, problem.length], strict=True)]
+        lengths = (lengths + [0] * problem.num_seqs)[: problem.num_seqs]
+    else:
+        lengths = [problem.length] * problem.num_seqs
+    segments = [max(1, math.ceil(n / plan.segment_len)) for n in lengths]
+    assert sum(segments) <= plan.num_units
+    if not problem.packed:
+        assert sum(segments) == plan.num_units
+    assert max(segments, default=1) <= plan.num_segments
+    assert plan.local_states >= (plan.num_units if plan.num_segments > 1 else 0)
+
+    # The slope gradient's slots, as first_chunk_slot numbers them (csrc/kernels/trilinear.h).
+    if problem.slope_grad:
+        chunk = plan.tiles[0].chunk
+        start = slot = 0
+        for sequence, length in enumerate(lengths):
+            first = start // chunk + sequence
+            assert first >= slot
+            slot = first + math.ceil(length / chunk)
+            start += length
+        slices = math.ceil(problem.dim_k / plan.tiles[0].slice)
+        assert 2 * slot * problem.heads * slices * 3 <= plan.dot_floats
+
+
+@given(st.data())
+@settings(deadline=None, max_examples=50)
+def test_same_problem_same_plan(core, data):
+    problem = data.draw(problems(core))
+    device = core.device(data.draw(st.sampled_from(DEVICES)))
+    assert core.describe(problem, device, core.plan(problem, device)) == core.describe(
+        problem, device, core.plan(problem, device)
+    )
+
+
+@given(text=st.text(alphabet="familysegt=,m80x1234567890-", max_size=30))
+@settings(deadline=None)
+def test_any_forced_text_is_a_plan_or_a_sentence(core, text):
+    problem, device = core.problem("1,8,4096,128,128,bf16"), core.device("sm_90x132")
+    try:
+        core.plan(problem, device, text)
+    except ValueError as error:
+        assert len(str(error)) > 10
+
+
+@given(text=st.text(max_size=40))
+@settings(deadline=None)
+def test_any_problem_text_is_a_problem_or_a_sentence(core, text):
+    for parse in (core.problem, core.device):
+        try:
+            parse(text)
+        except ValueError as error:
+            assert "expected" in str(error)
+
+
+@pytest.mark.parametrize(
+    "forced, sentence",
+    [
+        ("family=simt", "LA2_PLAN: family simt has no kernels for bf16, expected sm80"),
+        ("family=sm70", "LA2_PLAN: family is 'sm70', expected simt or sm80"),
+        ("slice=96", "with slice 96"),
+        ("segments=0", "LA2_PLAN: segments is '0', expected a positive whole number"),
+        ("chunk=64", "LA2_PLAN: unknown key 'chunk', expected family, slice or segments"),
+    ],
+)
+def test_forced_plans_that_cannot_be(core, forced, sentence):
+    with pytest.raises(ValueError, match=".") as caught:
+        core.plan(core.problem("1,8,4096,128,128,bf16"), core.device("sm_90x132"), forced)
+    assert sentence in str(caught.value)
+
+
+def test_forced_plans_are_taken(core):
+    problem, device = core.problem("1,8,4096,128,128,bf16"), core.device("sm_90x132")
+    plan = core.plan(problem, device, "slice=128,segments=3")
+    assert plan.tiles[0].slice == 128 and plan.num_segments == 3
+
+
+def test_old_devices_are_refused(core):
+    with pytest.raises(ValueError, match="compute capability 7.5, expected 8.0 or later"):
+        core.plan(core.problem("1,8,4096,128,128,bf16"), core.device("sm_75x40"))
+
+
+def golden_lines():
+    return [line for line in GOLDEN.read_text().splitlines() if line and not line.startswith("#")]
+
+
+def test_golden_plans(core):
+    """Real shapes and the plan each gets. A change of the planner shows here as a diff: rewrite the file with
+    `python tests/core/golden_plans.py` and read what moved."""
+    assert len(golden_lines()) >= 30
+    for line in golden_lines():
+        problem_text, device_text, expected = line.split(" | ")
+        problem, device = core.problem(problem_text), core.device(device_text)
+        assert core.describe(problem, device, core.plan(problem, device)) == expected
