@@ -1,0 +1,60 @@
+// Checked arguments of the operators, in the form the kernels take them: check -> unpack. Shared by the CPU
+// and the CUDA library. Every complaint is one sentence: operator, argument, got, wanted.
+#pragma once
+
+#include "../kernels/params.h"
+#include "stable.h"
+
+namespace la2::ops {
+
+// Arguments of forward, forward_with_state and backward. Rows the kernels cannot read as they are were copied.
+struct Attention {
+  const char* op;        // "la2::forward"
+  Tensor q, k;           // [B, H, N, D]
+  Tensor v;              // [B, H, N, E]
+  OptTensor slope;       // [H] or [num_seqs, H], accumulation dtype
+  OptTensor initial_state;  // [num_seqs, H, D, E], accumulation dtype
+  OptTensor cu_seqlens;  // [num_seqs + 1] int32 or int64
+  double scale;
+
+  Sizes sizes;
+  DType dtype;
+  ScalarType accumulation;  // float64 for float64 inputs, else float32
+};
+
+Attention check_attention(const char* op, DeviceType device, const Tensor& q, const Tensor& k, const Tensor& v,
+                          const OptTensor& slope, const OptTensor& initial_state, const OptTensor& cu_seqlens,
+                          double scale);
+
+// The gradients handed to backward, checked against the arguments of the forward.
+Tensor check_grad_out(const Attention& args, const Tensor& grad_out);
+OptTensor check_grad_final_state(const Attention& args, const OptTensor& grad_final_state);
+
+struct Decode {
+  Tensor q, k;               // [rows, H, D]
+  Tensor v;                  // [rows, H, E]
+  Tensor state;              // [slots, H, D, E], updated in place
+  OptTensor slope;           // [H] or [rows, H]
+  OptTensor state_indices;   // [rows] int32 or int64
+  DecodeParams params;       // everything but `out`
+};
+
+Decode check_decode(DeviceType device, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& state,
+                    const OptTensor& slope, const OptTensor& state_indices, double scale);
+
+// Views of tensors as the kernels see them.
+Rows rows(const Tensor& t);
+MutableRows mutable_rows(const Tensor& t);
+State state(const OptTensor& t);
+MutableState mutable_state(const Tensor& t);
+Slopes slopes(const OptTensor& t);
+SeqOffsets seq_offsets(const OptTensor& t);
+
+// A [B, H, N, dim] result in the memory format of `like`: [B, N, H, dim] storage when a step along H is
+// shorter than a step along N, [B, H, N, dim] storage otherwise.
+Tensor empty_rows(const Tensor& like, int64_t dim);
+Tensor empty_state(const Attention& args);
+
+ForwardParams forward_params(const Attention& args, const Tensor& out);
+
+}  // namespace la2::ops

@@ -1,0 +1,128 @@
+// The operators on the CPU: check -> unpack -> allocate -> run.
+#include "../kernels/cpu/kernels.h"
+#include "arguments.h"
+
+namespace la2::ops {
+namespace {
+
+constexpr DeviceType kDevice = DeviceType::CPU;
+
+cpu::Parallel torch_threads() {
+  auto run = [](int64_t count, void (*body)(void*, int64_t, int64_t), void* context) {
+    torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) { body(context, begin, end); });
+  };
+  return {run, static_cast<int>(torch::stable::get_num_threads())};
+}
+
+Tensor forward(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& slope,
+               const OptTensor& initial_state, const OptTensor& cu_seqlens, double scale) {
+  const Attention args =
+      check_attention("la2::forward", kDevice, q, k, v, slope, initial_state, cu_seqlens, scale);
+  Tensor out = empty_rows(q, args.sizes.dim_v);
+  cpu::kernels().forward(forward_params(args, out), torch_threads());
+  return out;
+}
+
+std::tuple<Tensor, Tensor> forward_with_state(const Tensor& q, const Tensor& k, const Tensor& v,
+                                              const OptTensor& slope, const OptTensor& initial_state,
+                                              const OptTensor& cu_seqlens, double scale) {
+  const Attention args =
+      check_attention("la2::forward_with_state", kDevice, q, k, v, slope, initial_state, cu_seqlens, scale);
+  Tensor out = empty_rows(q, args.sizes.dim_v);
+  Tensor final_state = empty_state(args);
+  ForwardParams params = forward_params(args, out);
+  params.final_state = mutable_state(final_state);
+  cpu::kernels().forward(params, torch_threads());
+  return {out, final_state};
+}
+
+// The kernels give one slope gradient per sequence and head; a slope shared by all sequences gets their sum.
+template <class T>
+void sum_over_sequences(const Tensor& per_sequence, const Tensor& dslope, const Sizes& sizes) {
+  const T* in = static_cast<const T*>(per_sequence.const_data_ptr());
+  T* out = static_cast<T*>(dslope.mutable_data_ptr());
+  for (int64_t h = 0; h < sizes.heads; ++h) {
+    double sum = 0;
+    for (int64_t i = 0; i < sizes.num_seqs; ++i) sum += in[i * sizes.heads + h];
+    out[h] = static_cast<T>(sum);
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const OptTensor& grad_final_state,
+                                                            const Tensor& q, const Tensor& k, const Tensor& v,
+                                                            const OptTensor& slope, const OptTensor& initial_state,
+                                                            const OptTensor& cu_seqlens, double scale,
+                                                            bool need_dslope) {
+  const Attention args =
+      check_attention("la2::backward", kDevice, q, k, v, slope, initial_state, cu_seqlens, scale);
+  const Sizes& s = args.sizes;
+  const Tensor grad_rows = check_grad_out(args, grad_out);
+  const OptTensor grad_state = check_grad_final_state(args, grad_final_state);
+
+  Tensor dq = empty_rows(q, s.dim_k), dk = empty_rows(k, s.dim_k), dv = empty_rows(v, s.dim_v);
+  Tensor dinitial_state = initial_state ? empty_state(args) : empty_contiguous(q, {0}, args.accumulation);
+  const bool wants_dslope = slope.has_value() && need_dslope;
+  Tensor per_sequence =
+      empty_contiguous(q, wants_dslope ? std::vector<int64_t>{s.num_seqs, s.heads} : std::vector<int64_t>{0},
+                       args.accumulation);
+
+  BackwardParams p{};
+  p.sizes = s;
+  p.dtype = args.dtype;
+  p.grad_out = rows(grad_rows);
+  p.grad_final_state = state(grad_state);
+  p.q = rows(args.q);
+  p.k = rows(args.k);
+  p.v = rows(args.v);
+  p.slope = slopes(args.slope);
+  p.initial_state = state(args.initial_state);
+  p.cu_seqlens = seq_offsets(args.cu_seqlens);
+  p.scale = scale;
+  p.grad_q = mutable_rows(dq);
+  p.grad_k = mutable_rows(dk);
+  p.grad_v = mutable_rows(dv);
+  if (initial_state) p.grad_initial_state = mutable_state(dinitial_state);
+  if (wants_dslope) p.grad_slope = per_sequence.mutable_data_ptr();
+  cpu::kernels().backward(p, torch_threads());
+
+  Tensor dslope = per_sequence;
+  if (wants_dslope && slope->dim() == 1) {
+    dslope = empty_contiguous(q, {s.heads}, args.accumulation);
+    if (args.accumulation == ScalarType::Double)
+      sum_over_sequences<double>(per_sequence, dslope, s);
+    else
+      sum_over_sequences<float>(per_sequence, dslope, s);
+  }
+  return {dq, dk, dv, dslope, dinitial_state};
+}
+
+template <class Int>
+void check_slots(const Int* slots, int64_t rows, int64_t num_slots) {
+  for (int64_t i = 0; i < rows; ++i)
+    if (slots[i] >= num_slots)
+      fail("la2::decode: state_indices[", i, "] is ", slots[i], ", expected less than the ", num_slots,
+           " slots of state");
+}
+
+Tensor decode(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& state, const OptTensor& slope,
+              const OptTensor& state_indices, double scale) {
+  Decode args = check_decode(kDevice, q, k, v, state, slope, state_indices, scale);
+  DecodeParams& p = args.params;
+  if (p.state_indices && p.indices_are_int64) check_slots(static_cast<const int64_t*>(p.state_indices), p.rows, p.slots);
+  if (p.state_indices && !p.indices_are_int64) check_slots(static_cast<const int32_t*>(p.state_indices), p.rows, p.slots);
+  Tensor out = empty_contiguous(q, {p.rows, p.heads, p.dim_v}, q.scalar_type());
+  p.out = {out.mutable_data_ptr(), out.stride(0), out.stride(1), 0};
+  cpu::kernels().decode(p, torch_threads());
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(la2, CPU, m) {
+  m.impl("forward", TORCH_BOX(&forward));
+  m.impl("forward_with_state", TORCH_BOX(&forward_with_state));
+  m.impl("backward", TORCH_BOX(&backward));
+  m.impl("decode", TORCH_BOX(&decode));
+}
+
+}  // namespace la2::ops

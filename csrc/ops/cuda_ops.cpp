@@ -1,0 +1,274 @@
+// The operators on CUDA: check -> unpack -> plan -> allocate -> launch -> raise.
+#include <cuda_runtime_api.h>
+
+#include <cstdlib>
+
+#include "../core/plan.h"
+#include "../kernels/simt/launch.h"
+#include "../kernels/sm80/launch.h"
+#include "arguments.h"
+
+// torch/csrc/inductor/aoti_torch/c/shim.h hides it where torch was built without CUDA.
+extern "C" int32_t aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
+
+namespace la2::ops {
+namespace {
+
+constexpr DeviceType kDevice = DeviceType::CUDA;
+
+void check_cuda(const char* op, const char* what, cudaError_t error) {
+  if (error != cudaSuccess)
+    fail(op, ": ", what, " failed: ", cudaGetErrorString(error), " (", cudaGetErrorName(error), ")");
+}
+
+// Makes the tensor's device current for torch and for this library's own CUDA runtime, and takes torch's stream.
+class Device {
+ public:
+  Device(const char* op, const Tensor& t) : guard_(t.get_device_index()), index_(t.get_device_index()) {
+    check_cuda(op, "cudaSetDevice", cudaSetDevice(index_));
+    void* stream = nullptr;
+    if (aoti_torch_get_current_cuda_stream(index_, &stream) != 0) fail(op, ": torch has no current CUDA stream");
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+
+  cudaStream_t stream() const { return stream_; }
+
+  DeviceProps props() const {
+    auto attribute = [&](cudaDeviceAttr which) {
+      int value = 0;
+      cudaDeviceGetAttribute(&value, which, index_);
+      return value;
+    };
+    DeviceProps props;
+    props.compute_capability =
+        10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
+    props.num_sms = attribute(cudaDevAttrMultiProcessorCount);
+    props.shared_per_block = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+    props.shared_per_sm = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+    return props;
+  }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  int index_;
+  cudaStream_t stream_ = nullptr;
+};
+
+Plan plan_for(const Attention& args, bool backward, bool slope_grad, const Device& device) {
+  const Sizes& s = args.sizes;
+  const Problem problem{backward, args.dtype, s.batch,   s.heads,   s.length,
+                        s.dim_k,  s.dim_v,    s.num_seqs, args.cu_seqlens.has_value(), slope_grad};
+  const char* forced = std::getenv("LA2_PLAN");
+  Plan plan;
+  const Status status = make_plan(problem, device.props(), forced ? forced : "", &plan);
+  if (!status.is_ok()) fail(args.op, ": ", status.message());
+  return plan;
+}
+
+void launch(const Attention& args, const Plan& plan, int which, const TrilinearParams& params, bool gradients,
+            bool slope_grad, bool state_only, cudaStream_t stream) {
+  cudaError_t error;
+  if (plan.family == Family::kSm80) {
+    const Tile& tile = plan.tiles[which];
+    error = sm80::launch_trilinear(params, {args.dtype, tile.tile_a, tile.slice, gradients, slope_grad},
+                                   state_only, stream);
+  } else {
+    error = state_only ? simt::launch_state_pass(params, args.dtype, stream)
+                       : simt::launch_trilinear(params, args.dtype, stream);
+  }
+  check_cuda(args.op, state_only ? "launching the state pass" : "launching the kernel", error);
+}
+
+// Where sequences are cut: the state that enters each segment, from the state pass and its combination.
+void enter_segments(const Attention& args, const Plan& plan, const TrilinearParams& params, bool gradients,
+                    cudaStream_t stream) {
+  if (!params.is_cut) return;
+  launch(args, plan, 0, params, gradients, false, true, stream);
+  check_cuda(args.op, "launching the combine pass",
+             simt::launch_combine(params, args.dtype == DType::kFloat64, stream));
+}
+
+TrilinearParams common_params(const Attention& args, const Plan& plan) {
+  TrilinearParams params{};
+  params.sizes = args.sizes;
+  params.slope = slopes(args.slope);
+  params.cu_seqlens = seq_offsets(args.cu_seqlens);
+  params.segment_len = plan.segment_len;
+  params.num_units = plan.num_units;
+  params.is_cut = plan.num_segments > 1;
+  return params;
+}
+
+// A state per unit, [num_units, H, dim_d, dim_e].
+Tensor empty_local_states(const Attention& args, const Plan& plan, int64_t dim_d, int64_t dim_e) {
+  const int64_t units = plan.num_segments > 1 ? plan.num_units : 0;
+  return empty_contiguous(args.q, {units, args.sizes.heads, dim_d, dim_e}, args.accumulation);
+}
+
+State transposed(const State& s) { return {s.data, s.stride_s, s.stride_h, s.stride_e, s.stride_d}; }
+MutableState transposed(const MutableState& s) { return {s.data, s.stride_s, s.stride_h, s.stride_e, s.stride_d}; }
+
+void run_forward(const Attention& args, const Tensor& out, const Tensor* final_state) {
+  const Device device(args.op, args.q);
+  const Plan plan = plan_for(args, false, false, device);
+  const Tensor local = empty_local_states(args, plan, args.sizes.dim_k, args.sizes.dim_v);
+
+  TrilinearParams params = common_params(args, plan);
+  params.num_jobs = 1;
+  TrilinearJob& job = params.jobs[0];  // out = T(q, k, v)
+  job.a = rows(args.q);
+  job.b = rows(args.k);
+  job.c = rows(args.v);
+  job.out = mutable_rows(out);
+  job.dim_a = static_cast<int32_t>(args.sizes.dim_k);
+  job.dim_c = static_cast<int32_t>(args.sizes.dim_v);
+  job.inter = job.intra = args.scale;
+  job.update = 1;
+  job.initial = state(args.initial_state);
+  if (final_state) job.final = mutable_state(*final_state);
+  job.local = mutable_state(local);
+  enter_segments(args, plan, params, false, device.stream());
+  launch(args, plan, 0, params, false, false, false, device.stream());
+}
+
+Tensor forward(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& slope,
+               const OptTensor& initial_state, const OptTensor& cu_seqlens, double scale) {
+  const Attention args = check_attention("la2::forward", kDevice, q, k, v, slope, initial_state, cu_seqlens, scale);
+  Tensor out = empty_rows(q, args.sizes.dim_v);
+  run_forward(args, out, nullptr);
+  return out;
+}
+
+std::tuple<Tensor, Tensor> forward_with_state(const Tensor& q, const Tensor& k, const Tensor& v,
+                                              const OptTensor& slope, const OptTensor& initial_state,
+                                              const OptTensor& cu_seqlens, double scale) {
+  const Attention args =
+      check_attention("la2::forward_with_state", kDevice, q, k, v, slope, initial_state, cu_seqlens, scale);
+  Tensor out = empty_rows(q, args.sizes.dim_v);
+  Tensor final_state = empty_state(args);
+  run_forward(args, out, &final_state);
+  return {out, final_state};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const OptTensor& grad_final_state,
+                                                            const Tensor& q, const Tensor& k, const Tensor& v,
+                                                            const OptTensor& slope, const OptTensor& initial_state,
+                                                            const OptTensor& cu_seqlens, double scale,
+                                                            bool need_dslope) {
+  const Attention args = check_attention("la2::backward", kDevice, q, k, v, slope, initial_state, cu_seqlens, scale);
+  const Sizes& s = args.sizes;
+  const Tensor grad_rows = check_grad_out(args, grad_out);
+  const OptTensor grad_state = check_grad_final_state(args, grad_final_state);
+  const bool wants_dslope = slope.has_value() && need_dslope;
+
+  Tensor dq = empty_rows(q, s.dim_k), dk = empty_rows(k, s.dim_k), dv = empty_rows(v, s.dim_v);
+  Tensor dinitial_state = initial_state ? empty_state(args) : empty_contiguous(q, {0}, args.accumulation);
+  std::vector<int64_t> dslope_sizes{0};
+  if (wants_dslope) dslope_sizes = slope->dim() == 1 ? std::vector<int64_t>{s.heads} : std::vector<int64_t>{s.num_seqs, s.heads};
+  Tensor dslope = empty_contiguous(q, dslope_sizes, args.accumulation);
+
+  const Device device(args.op, args.q);
+  const Plan plan = plan_for(args, true, wants_dslope, device);
+  const Tensor local_dq = empty_local_states(args, plan, s.dim_v, s.dim_k);
+  const Tensor local_dk = empty_local_states(args, plan, s.dim_v, s.dim_k);
+  const Tensor dots = empty_contiguous(q, {2, plan.dot_floats / 2}, args.accumulation);
+
+  TrilinearParams params = common_params(args, plan);
+  TrilinearJob dq_job{};  // dq = T(dout, v, k)
+  dq_job.a = rows(grad_rows);
+  dq_job.b = rows(args.v);
+  dq_job.c = rows(args.k);
+  dq_job.out = mutable_rows(dq);
+  dq_job.dim_a = static_cast<int32_t>(s.dim_v);
+  dq_job.dim_c = static_cast<int32_t>(s.dim_k);
+  dq_job.inter = dq_job.intra = scale;
+  dq_job.update = 1;
+  dq_job.initial = transposed(state(args.initial_state));
+  dq_job.local = mutable_state(local_dq);
+
+  TrilinearJob dk_job{};  // dk = T_rev(v, dout, q)
+  dk_job.a = rows(args.v);
+  dk_job.b = rows(grad_rows);
+  dk_job.c = rows(args.q);
+  dk_job.out = mutable_rows(dk);
+  dk_job.dim_a = dq_job.dim_a;
+  dk_job.dim_c = dq_job.dim_c;
+  dk_job.reverse = true;
+  dk_job.inter = 1;
+  dk_job.intra = dk_job.update = scale;
+  dk_job.initial = transposed(state(grad_state));
+  dk_job.local = mutable_state(local_dk);
+
+  TrilinearJob dv_job = dk_job;  // dv = T_rev(k, q, dout), whose state is dk's transposed
+  dv_job.a = rows(args.k);
+  dv_job.b = rows(args.q);
+  dv_job.c = rows(grad_rows);
+  dv_job.out = mutable_rows(dv);
+  dv_job.dim_a = dk_job.dim_c;
+  dv_job.dim_c = dk_job.dim_a;
+  dv_job.initial = state(grad_state);
+  dv_job.local = transposed(dk_job.local);
+  if (initial_state) dv_job.final = mutable_state(dinitial_state);
+
+  if (wants_dslope) {
+    char* const base = static_cast<char*>(dots.mutable_data_ptr());
+    dq_job.x = rows(args.q);
+    dq_job.dots = base;
+    dk_job.x = rows(args.k);
+    dk_job.dots = base + dots.stride(0) * static_cast<int64_t>(dots.element_size());
+  }
+
+  params.num_jobs = 2;
+  params.jobs[0] = dq_job;
+  params.jobs[1] = dk_job;
+  enter_segments(args, plan, params, true, device.stream());
+  if (plan.num_launches == 1) {
+    params.num_jobs = 3;
+    params.jobs[2] = dv_job;
+  }
+  launch(args, plan, 0, params, true, wants_dslope, false, device.stream());
+  if (plan.num_launches == 2) {
+    params.num_jobs = 1;
+    params.jobs[0] = dv_job;
+    launch(args, plan, 1, params, true, false, false, device.stream());
+  }
+
+  if (wants_dslope) {
+    simt::SlopeGradParams p{};
+    p.sizes = s;
+    p.cu_seqlens = params.cu_seqlens;
+    p.chunk = plan.tiles[0].chunk;
+    p.dots_q = dq_job.dots;
+    p.dots_k = dk_job.dots;
+    p.slices_q = p.slices_k = (s.dim_k + plan.tiles[0].slice - 1) / plan.tiles[0].slice;
+    p.initial_state = state(args.initial_state);
+    if (initial_state) p.grad_initial_state = state(dinitial_state);
+    p.grad_slope = dslope.mutable_data_ptr();
+    p.is_shared = slope->dim() == 1;
+    p.is_double = args.dtype == DType::kFloat64;
+    check_cuda(args.op, "launching the slope gradient", simt::launch_slope_grad(p, device.stream()));
+  }
+  return {dq, dk, dv, dslope, dinitial_state};
+}
+
+Tensor decode(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& state, const OptTensor& slope,
+              const OptTensor& state_indices, double scale) {
+  Decode args = check_decode(kDevice, q, k, v, state, slope, state_indices, scale);
+  DecodeParams& p = args.params;
+  Tensor out = empty_contiguous(q, {p.rows, p.heads, p.dim_v}, q.scalar_type());
+  p.out = {out.mutable_data_ptr(), out.stride(0), out.stride(1), 0};
+  const Device device("la2::decode", q);
+  check_cuda("la2::decode", "launching the kernel", simt::launch_decode(p, device.stream()));
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(la2, CUDA, m) {
+  m.impl("forward", TORCH_BOX(&forward));
+  m.impl("forward_with_state", TORCH_BOX(&forward_with_state));
+  m.impl("backward", TORCH_BOX(&backward));
+  m.impl("decode", TORCH_BOX(&decode));
+}
+
+}  // namespace la2::ops

@@ -1,0 +1,21 @@
+// Every operator's schema, in one place. csrc/ops/{cpu,cuda}_ops.cpp implement them; fake kernels, autograd and
+// vmap are registered by python/lightning_attn2_ext/_ops.py.
+#include "stable.h"
+
+// Shapes: q, k [B, H, N, D]; v, out [B, H, N, E]; slope [H] or [num_seqs, H]; states [num_seqs, H, D, E];
+// cu_seqlens [num_seqs + 1]. decode: q, k [rows, H, D]; v, out [rows, H, E]; state [slots, H, D, E].
+STABLE_TORCH_LIBRARY(la2, m) {
+  m.def(
+      "forward(Tensor q, Tensor k, Tensor v, Tensor? slope=None, *, Tensor? initial_state=None, "
+      "Tensor? cu_seqlens=None, float scale=1.0) -> Tensor");
+  m.def(
+      "forward_with_state(Tensor q, Tensor k, Tensor v, Tensor? slope=None, *, Tensor? initial_state=None, "
+      "Tensor? cu_seqlens=None, float scale=1.0) -> (Tensor out, Tensor final_state)");
+  m.def(
+      "backward(Tensor grad_out, Tensor? grad_final_state, Tensor q, Tensor k, Tensor v, Tensor? slope=None, *, "
+      "Tensor? initial_state=None, Tensor? cu_seqlens=None, float scale=1.0, bool need_dslope=True) -> "
+      "(Tensor dq, Tensor dk, Tensor dv, Tensor dslope, Tensor dinitial_state)");
+  m.def(
+      "decode(Tensor q, Tensor k, Tensor v, Tensor(a!) state, Tensor? slope=None, *, Tensor? state_indices=None, "
+      "float scale=1.0) -> Tensor");
+}

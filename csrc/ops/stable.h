@@ -1,0 +1,58 @@
+// Everything the op libraries take from libtorch, through its stable ABI only: headers of
+// torch/csrc/stable and the C shims behind them.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#if !defined(TORCH_TARGET_VERSION)
+#error "define TORCH_TARGET_VERSION: a shim newer than the oldest supported torch must not compile"
+#endif
+
+namespace la2::ops {
+
+using torch::headeronly::DeviceType;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptTensor = std::optional<Tensor>;
+
+// Errors leave as std::runtime_error holding one sentence; torch turns it into a RuntimeError. (The macro of
+// the stable headers would put a function name, file and line in front of it.)
+template <class... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream sentence;
+  (sentence << ... << parts);
+  throw std::runtime_error(sentence.str());
+}
+
+// An uninitialised tensor on `like`'s device. (0.5 us; new_empty costs 2.)
+inline Tensor empty_strided(const Tensor& like, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
+                            ScalarType dtype) {
+  AtenTensorHandle handle = nullptr;
+  int32_t device_type = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                               torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
+                               like.is_cpu() ? -1 : like.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
+inline Tensor empty_contiguous(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * (sizes[i] > 1 ? sizes[i] : 1);
+  return empty_strided(like, sizes, strides, dtype);
+}
+
+}  // namespace la2::ops

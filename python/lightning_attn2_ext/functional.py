@@ -1,0 +1,98 @@
+"""The documented functions over `torch.ops.la2.*`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _ops  # noqa: F401  (registers autograd and the fake kernels)
+
+__all__ = ["lightning_attention", "lightning_attention_decode"]
+
+
+def lightning_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slope: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    initial_state: Tensor | None = None,
+    return_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    layout: str = "bhnd",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Causal linear attention with a per-head exponential decay (Lightning Attention-2, arXiv 2401.04658).
+
+    Per sequence and head, with lambda = exp(-slope)::
+
+        S_t = lambda * S_{t-1} + k_t v_t^T          o_t = scale * q_t^T S_t
+
+    The current token is not decayed. Exact, in time and memory linear in the length, differentiable to any order by
+    q, k, v, slope and initial_state, through the final state too.
+
+    Args:
+        q, k: `[B, H, N, D]`, or `[B, N, H, D]` with ``layout="bnhd"``; bfloat16, float16, float32 (or float64 on the
+            CPU). D is any multiple of 8 up to 256. Strides are free but for the last, which should be 1 (else the
+            tensor is copied).
+        v: `[B, H, N, E]` (`[B, N, H, E]`), of q's dtype. E is any multiple of 8 up to 256 and need not be D.
+        slope: `[H]`, or one for each sequence `[num_seqs, H]`; >= 0, in nats per token; float32 (float64 for float64
+            inputs). None means 0: no decay, plain linear attention. `lightning_attn2_ext.slopes` has the formulas of
+            the published models.
+        scale: factor on the scores; 1 as in the paper, `D ** -0.5` in some models.
+        initial_state: S_{-1}, `[num_seqs, H, D, E]`, float32 (float64 for float64 inputs), any strides; None is zero.
+        return_final_state: also return S_{N-1}, the true state: no decay after the last token.
+        cu_seqlens: int32 or int64 `[num_seqs + 1]`, on q's device: B is 1 and sequence i is tokens
+            `cu_seqlens[i]:cu_seqlens[i + 1]`. Empty sequences are legal. Without it num_seqs is B.
+        layout: "bhnd" or "bnhd", of q, k, v and the result.
+
+    Returns:
+        out, of v's shape and dtype, in q's memory format; with ``return_final_state`` the pair (out, final_state),
+        the state as described for initial_state.
+
+    Raises:
+        RuntimeError: on arguments that do not fit; the sentence names operator, argument, got and wanted.
+        ValueError: on an unknown layout.
+    """
+    if layout not in ("bhnd", "bnhd"):
+        raise ValueError(f"lightning_attention: layout is {layout!r}, expected 'bhnd' or 'bnhd'")
+    if layout == "bnhd":
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    options = {"initial_state": initial_state, "cu_seqlens": cu_seqlens, "scale": scale}
+    if return_final_state:
+        out, final_state = torch.ops.la2.forward_with_state(q, k, v, slope, **options)
+    else:
+        out, final_state = torch.ops.la2.forward(q, k, v, slope, **options), None
+    if layout == "bnhd":
+        out = out.transpose(1, 2)
+    return (out, final_state) if return_final_state else out
+
+
+def lightning_attention_decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Tensor,
+    slope: Tensor | None = None,
+    *,
+    state_indices: Tensor | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    """One token for each row, against a pool of states that is updated in place.
+
+    Args:
+        q, k: `[rows, H, D]`; v: `[rows, H, E]`; dtypes and head dims as for `lightning_attention`.
+        state: `[slots, H, D, E]`, float32 (float64 for float64 inputs), any strides; updated in place, and may not
+            require grad.
+        slope: `[H]` or `[rows, H]`.
+        state_indices: int32 or int64 `[rows]`, the slot of each row, no two alike. A negative one is padding: no
+            state is touched and the output row is zero. None: row i uses slot i, and slots must equal rows.
+        scale: factor on the scores.
+
+    Returns:
+        `[rows, H, E]`, of q's dtype.
+
+    Raises:
+        RuntimeError: on arguments that do not fit, or where a gradient is asked for.
+    """
+    return torch.ops.la2.decode(q, k, v, state, slope, state_indices=state_indices, scale=scale)
