@@ -1,0 +1,67 @@
+// The combine pass: from what every segment gathers alone to the state that enters it, per sequence and head
+//
+//   Z_in(first) = initial        Z_in(next) = lambda^len(g) Z_in(g) + local(g)
+//
+// with the segments g in the order of the sweep. In place: element by element, local(g) gives way to Z_in(g).
+#pragma once
+
+#include "../../core/decay.h"
+#include "units.cuh"
+#include "vec.cuh"
+
+namespace la2::simt {
+
+constexpr int kCombineThreads = 256;
+constexpr int kCombineAhead = 8;  // segments whose loads are in flight at once
+
+// Grid: x = element blocks x heads x units, y = jobs. The block of a sequence's first unit walks all its segments, the
+// others of the sequence have nothing to do. A thread owns 16 bytes of the state.
+template <class T>
+__global__ void __launch_bounds__(kCombineThreads) la2_combine_simt_kernel(
+    const __grid_constant__ TrilinearParams params, int element_blocks) {
+  constexpr int kSize = sizeof(Vec<T>) / sizeof(T);
+  const TrilinearJob& job = params.jobs[blockIdx.y];
+  const bool reverse = job.reverse;
+  const int64_t heads = params.sizes.heads;
+  const int64_t head = blockIdx.x / element_blocks % heads;
+  const int64_t unit_idx = blockIdx.x / element_blocks / heads;
+  const Unit unit = find_unit(params, unit_idx);
+  if (!unit.valid || unit.segment != 0) return;
+  const int64_t element = (blockIdx.x % element_blocks * int64_t{kCombineThreads} + threadIdx.x) * kSize;
+  if (element >= int64_t{job.dim_a} * job.dim_c) return;
+
+  const T slope = slope_of<T>(params, unit.sequence, head);
+  const int64_t count = unit.num_segments;
+  const int64_t last_len = unit.seq_length - (count - 1) * params.segment_len;
+  const T decay = static_cast<T>(decay_power<T>(slope, params.segment_len));
+  const T decay_of_last = static_cast<T>(decay_power<T>(slope, last_len));
+
+  Vec<T> z{};
+  if (job.initial.data != nullptr) {
+    const State& s = job.initial;
+    const T* from = static_cast<const T*>(s.data) + unit.sequence * s.stride_s + head * s.stride_h +
+                    element / job.dim_c * s.stride_d + element % job.dim_c * s.stride_e;
+    for (int i = 0; i < kSize; ++i) z.x[i] = from[i * s.stride_e];
+  }
+  T* const local = static_cast<T*>(job.local.data) + unit_idx * job.local.stride_s + head * job.local.stride_h + element;
+  auto place = [&](int64_t step) {
+    return local + (reverse ? count - 1 - step : step) * job.local.stride_s;
+  };
+  for (int64_t first = 0; first < count; first += kCombineAhead) {
+    Vec<T> gathered[kCombineAhead];
+#pragma unroll
+    for (int i = 0; i < kCombineAhead; ++i)
+      if (first + i + 1 < count) gathered[i] = load_vec(place(first + i));  // nobody gathered the last one
+#pragma unroll
+    for (int i = 0; i < kCombineAhead; ++i) {
+      const int64_t step = first + i;
+      if (step >= count) break;
+      store_global(place(step), z);
+      const T factor = reverse && step == 0 ? decay_of_last : decay;
+#pragma unroll
+      for (int e = 0; e < kSize; ++e) z.x[e] = factor * z.x[e] + gathered[i].x[e];
+    }
+  }
+}
+
+}  // namespace la2::simt

@@ -1,0 +1,112 @@
+// Which rows a unit stands for. Every kernel of the trilinear form, of any family, takes its work from here.
+#pragma once
+
+#include <stdint.h>
+
+#include "../trilinear.h"
+
+namespace la2::simt {
+
+// One segment of one sequence, and the sequence around it.
+struct Unit {
+  int64_t sequence;               // which state, which slope
+  int64_t segment, num_segments;  // of the sequence; its units are numbered unit_idx - segment + (0, 1, ...)
+  int64_t batch;                  // batch row (packed: 0)
+  int64_t row_begin, length;      // rows of this segment, counted within the batch row
+  int64_t seq_start, seq_length;  // tokens of the sequence, all batch rows in one line (dense: starts at batch N)
+  bool valid;                     // false: beyond the last unit, nothing to do
+};
+
+struct Span {
+  int64_t begin, length;
+};
+
+// Rows of a packed sequence. Offsets nobody has checked are clamped to [0, N] and to their order, so that wrong
+// ones give wrong results and never a wrong address.
+__device__ inline Span sequence_rows(const SeqOffsets& offsets, int64_t sequence, int64_t total) {
+  auto offset = [&](int64_t i) -> int64_t {
+    const int64_t value =
+        offsets.is_int64 ? static_cast<const int64_t*>(offsets.data)[i] : static_cast<const int32_t*>(offsets.data)[i];
+    return value < 0 ? 0 : value > total ? total : value;
+  };
+  const int64_t begin = offset(sequence), end = offset(sequence + 1);
+  return {begin, end > begin ? end - begin : 0};
+}
+
+__device__ inline int64_t segments_of(int64_t length, int64_t segment_len) {
+  return length > segment_len ? (length + segment_len - 1) / segment_len : 1;
+}
+
+__device__ inline Unit unit_of(const Sizes& sizes, int64_t sequence, int64_t batch, Span rows, int64_t segment,
+                               int64_t segment_len) {
+  const int64_t before = segment * segment_len;
+  const int64_t left = rows.length - before;
+  return {sequence,
+          segment,
+          segments_of(rows.length, segment_len),
+          batch,
+          rows.begin + before,
+          left < segment_len ? left : segment_len,
+          batch * sizes.length + rows.begin,
+          rows.length,
+          true};
+}
+
+// Called by whole warps, every lane with the same unit_idx; every lane gets the same unit. Packed: each lane counts
+// the segments of one of 32 sequences, a scan over the warp finds the sequence unit_idx falls into.
+__device__ inline Unit find_unit(const TrilinearParams& params, int64_t unit_idx) {
+  const Sizes& sizes = params.sizes;
+  if (params.cu_seqlens.data == nullptr) {
+    const int64_t segments = segments_of(sizes.length, params.segment_len);
+    const int64_t sequence = unit_idx / segments;
+    if (sequence >= sizes.num_seqs) return {};
+    return unit_of(sizes, sequence, sequence, {0, sizes.length}, unit_idx - sequence * segments, params.segment_len);
+  }
+
+  constexpr unsigned kAllLanes = 0xffffffffu;
+  const int lane = threadIdx.x & 31;
+  int64_t units_before = 0;  // of all sequences before first_seq
+  for (int64_t first_seq = 0; first_seq < sizes.num_seqs; first_seq += 32) {
+    const int64_t sequence = first_seq + lane;
+    int64_t units = 0;
+    if (sequence < sizes.num_seqs) {
+      units = segments_of(sequence_rows(params.cu_seqlens, sequence, sizes.length).length, params.segment_len);
+    }
+    int64_t units_up_to = units;  // inclusive scan over the lanes
+    for (int distance = 1; distance < 32; distance *= 2) {
+      const int64_t below = __shfl_up_sync(kAllLanes, units_up_to, distance);
+      if (lane >= distance) units_up_to += below;
+    }
+    units_up_to += units_before;
+    const unsigned found = __ballot_sync(kAllLanes, unit_idx < units_up_to);
+    if (found != 0) {
+      const int owner = __ffs(static_cast<int>(found)) - 1;
+      const int64_t segment = unit_idx - __shfl_sync(kAllLanes, units_up_to - units, owner);
+      const int64_t owned = first_seq + owner;
+      const Span rows = sequence_rows(params.cu_seqlens, owned, sizes.length);
+      return unit_of(sizes, owned, 0, rows, segment, params.segment_len);
+    }
+    units_before = __shfl_sync(kAllLanes, units_up_to, 31);
+  }
+  return {};
+}
+
+// T: the accumulation dtype.
+template <class T>
+__device__ inline T slope_of(const TrilinearParams& params, int64_t sequence, int64_t head) {
+  const Slopes& slope = params.slope;
+  if (slope.data == nullptr) return T(0);
+  return static_cast<const T*>(slope.data)[sequence * slope.stride_s + head * slope.stride_h];
+}
+
+// The chunk slot (trilinear.h) of the unit's first chunk, for the slope gradient's dots.
+__device__ inline int64_t first_slot_of_unit(const Unit& unit, int64_t segment_len, int64_t chunk) {
+  return first_chunk_slot(unit.seq_start, unit.sequence, chunk) + unit.segment * segment_len / chunk;
+}
+
+// Whether this segment is the last of its sequence in the order of the sweep (then it writes `final`).
+__device__ inline bool ends_sweep(const Unit& unit, bool reverse) {
+  return reverse ? unit.segment == 0 : unit.segment + 1 == unit.num_segments;
+}
+
+}  // namespace la2::simt

@@ -1,0 +1,23 @@
+// Host entry of the sm80 family (bf16 and fp16; csrc/kernels/trilinear.h says what is computed).
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "../trilinear.h"
+
+namespace la2::sm80 {
+
+// Which instance: Da rounded up to tile_a and slices of Dc columns as the planner chose (csrc/core/plan.h), split
+// operands for gradients, with or without the slope gradient's dots.
+struct Instance {
+  DType dtype;
+  int tile_a, slice;
+  bool split, slope_grad;
+};
+
+// Rows must be 16-byte aligned (base, strides). state_only gathers the segments' states into job.local; the main
+// pass does everything else. cudaErrorInvalidDeviceFunction: no such instance was built.
+cudaError_t launch_trilinear(const TrilinearParams& params, const Instance& instance, bool state_only,
+                             cudaStream_t stream);
+
+}  // namespace la2::sm80
