@@ -19,8 +19,8 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 int tile_a_for(int64_t dim) { return dim <= 64 ? 64 : dim <= 128 ? 128 : 256; }
 
-// What one chunk of one block takes, in microseconds on one H200 (csrc/kernels/DESIGN.md): alone on its SM, and
-// per block when blocks share the SM.
+// What one chunk of one block takes, in microseconds on one H200 at 1.98 GHz (csrc/kernels/DESIGN.md has the runs):
+// alone on its SM, and per block where blocks share it. Other GPUs rank the plans alike.
 struct ChunkCost {
   double alone, shared;
 };
@@ -32,23 +32,26 @@ struct TileCost {
 
 // sm80: 16 columns of Dc to a warp; chunks of 64 tokens, 32 where Da is 256 (two stages within 99 KB).
 constexpr TileCost kSm80Tiles[] = {
-    {{64, 64, 64}, 4, {1.10, 0.55}, {0.70, 0.30}},  {{64, 128, 64}, 2, {1.30, 0.90}, {0.80, 0.50}},
-    {{128, 64, 64}, 3, {1.60, 0.95}, {0.90, 0.50}}, {{128, 128, 64}, 1, {2.10, 2.10}, {1.10, 1.10}},
-    {{256, 64, 32}, 2, {1.70, 1.20}, {0.95, 0.60}},
+    {{64, 64, 64}, 2, {2.42, 1.58}, {1.00, 0.60}},  {{64, 128, 64}, 1, {2.88, 2.88}, {1.10, 1.10}},
+    {{128, 64, 64}, 2, {2.89, 2.08}, {1.40, 0.80}}, {{128, 128, 64}, 1, {3.73, 3.73}, {1.40, 1.40}},
+    {{256, 64, 32}, 2, {2.35, 1.60}, {1.20, 0.80}},
 };
-// simt: fp32 arithmetic bound.
+constexpr double kSplitCost = 1.22;  // gradients: split operands
+// simt: bound by fp32 and fp64 arithmetic.
 constexpr TileCost kSimtTiles[] = {
-    {{64, 64, 32}, 2, {4.0, 2.5}, {2.0, 1.3}},
-    {{128, 64, 32}, 1, {7.0, 5.0}, {3.0, 2.2}},
-    {{256, 64, 32}, 1, {13.0, 9.0}, {6.0, 4.5}},
+    {{64, 64, 32}, 3, {4.5, 3.3}, {2.0, 1.4}},
+    {{128, 64, 32}, 3, {7.7, 5.5}, {3.5, 2.5}},
+    {{256, 64, 32}, 2, {14.5, 11.1}, {7.0, 5.0}},
 };
 constexpr TileCost kSimtDoubleTiles[] = {
-    {{64, 32, 32}, 2, {8.0, 5.0}, {4.0, 2.6}},
-    {{128, 32, 32}, 1, {14.0, 10.0}, {6.0, 4.4}},
-    {{256, 32, 32}, 1, {26.0, 18.0}, {12.0, 9.0}},
+    {{64, 32, 32}, 3, {8.0, 5.0}, {4.0, 2.6}},
+    {{128, 32, 32}, 3, {14.0, 10.0}, {6.0, 4.4}},
+    {{256, 32, 32}, 2, {26.0, 18.0}, {12.0, 9.0}},
 };
-constexpr double kLaunchUs = 3.0;      // one more kernel on the stream
-constexpr double kFoldUs = 0.6;        // reading one state of an earlier segment
+constexpr double kLaunchUs = 3.0;   // one more kernel on the stream
+constexpr double kCutUs = 9.0;      // the state pass and the combine pass, before their work
+constexpr double kWorthwhile = 0.97;
+constexpr double kCombineGBs = 2500;  // of local states read and written
 
 struct Job {
   int64_t dim_a, dim_c;
@@ -186,11 +189,15 @@ Candidate evaluate(const Problem& p, const DeviceProps& device, Family family, c
       blocks += busy_units * p.heads * slices;
       if (j < 2) state_blocks += busy_units * p.heads * slices;  // dv shares dk's states
     }
-    us += launch_us(*tiles[i], tiles[i]->main, blocks, walked, device, p.slope_grad, family);
+    us += launch_us(*tiles[i], tiles[i]->main, blocks, walked, device, p.slope_grad, family) *
+          (p.backward && family == Family::kSm80 ? kSplitCost : 1.0);
     if (cut && i == 0)
       us += launch_us(*tiles[i], tiles[i]->state_only, state_blocks, walked, device, false, family);
   }
-  if (cut) us += kFoldUs * static_cast<double>(plan.num_segments - 1);
+  if (cut) {
+    const int64_t bytes = 8 * plan.local_states * p.heads * p.dim_k * p.dim_v;
+    us += kCutUs + static_cast<double>(bytes) / (kCombineGBs * 1e3);
+  }
   plan.predicted_us = us;
   candidate.us = us;
   return candidate;
@@ -254,7 +261,9 @@ Status make_plan(const Problem& p, const DeviceProps& device, const std::string&
       if (!fits || (launches.size() == 1 && slice1 != slice0)) continue;
       for (const int64_t segments : segment_counts) {
         const Candidate candidate = evaluate(p, device, family, tiles, launches, segments);
-        if (found && candidate.us >= best) continue;
+        // More segments only for a gain beyond the model's precision.
+        const bool more_segments = candidate.plan.num_segments > plan->num_segments;
+        if (found && candidate.us >= best * (more_segments ? kWorthwhile : 1.0)) continue;
         found = true;
         best = candidate.us;
         *plan = candidate.plan;

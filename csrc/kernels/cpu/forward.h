@@ -61,19 +61,24 @@ struct ForwardSweep {
     load_state(x.state, initial, dim_c);
     if (slope_terms) clear(x.aged);
 
+    Prefetcher next;
+    next.add(a, dim_a);
+    next.add(b, dim_a);
+    next.add(c, dim_c);
+    next.add(out, dim_c);
+    const int steps = (kChunk + dim_a) / kTileRows * panel_count<T>(dim_c);
+
     for (int64_t start = 0; start < length; start += kChunk) {
       const int rows = static_cast<int>(min_of<int64_t>(length - start, kChunk));
       load_transposed<S>(x.a_t, a.from(start), rows, dim_a);
       load_rows<S>(x.b, b.from(start), rows, dim_a);
       load_rows<S>(x.c, c.from(start), rows, dim_c);
-      scores(x, rows, start);
+      next.begin(start + rows, min_of(start + rows + kChunk, length), steps);
+      scores(x, rows, next);
       for_each_tile<T>(0, x.c.cols, [&](auto width, int col) {
         RowDots<S> dots;
         for (int row = 0; row < rows; row += kTileRows) {
-          if (col == 0) {
-            prefetch_rows(a, start + kChunk + row, length, dim_a);
-            prefetch_rows(out, start + kChunk + row, length, dim_c);
-          }
+          next.step();
           if (slope_terms) {
             auto o = zero_tile<T>(width);
             inter(o, x, x.aged, row, col);
@@ -88,7 +93,7 @@ struct ForwardSweep {
         if (slope_terms) slope_terms[col / Panels<T>::kWidth] += dots.sum();
       });
       if (slope_terms) age(x, rows);
-      if (start + rows < length || final.data) update_state(x, rows);
+      if (start + rows < length || final.data) update_state(x, rows, next);
     }
     if (slope_terms && grad_final.data) add_final_terms(x);
     if (final.data) store_state(final, x.state.value, 0, dim_c);
@@ -96,11 +101,10 @@ struct ForwardSweep {
 
  private:
   // scores = (A B^T . M)^T scale, in the tiles that touch i >= j
-  void scores(const Scratch& x, int rows, int64_t start) const {
+  static void scores(const Scratch& x, int rows, Prefetcher& next) {
     for (int j = 0; j < rows; j += kTileRows) {
-      prefetch_rows(b, start + kChunk + j, length, dim_a);
-      prefetch_rows(c, start + kChunk + j, length, dim_c);
       for_each_tile<T>(j / kLanes<T> * kLanes<T>, round_up(rows, kLanes<T>), [&](auto width, int i) {
+        next.step();
         auto p = zero_tile<T>(width);
         add_product(p, x.b, j, x.a_t, i);
         multiply(p, x.decay.scaled(i - j), -1);
@@ -126,9 +130,9 @@ struct ForwardSweep {
   }
 
   // Z = lambda^C Z + (diag(lambda^(C-r)) B)^T C. Nothing reads b after this.
-  static void update_state(const Scratch& x, int rows) {
+  static void update_state(const Scratch& x, int rows, Prefetcher& next) {
     scale_rows(x.b, rows, x.decay.power(rows - 1), -1);
-    accumulate(x.state, x.decay.factor(rows), x.b, x.c, rows, 0, x.c.cols);
+    accumulate(x.state, x.decay.factor(rows), x.b, x.c, rows, 0, x.c.cols, next);
   }
 
   // R = lambda^C (R + C Z)

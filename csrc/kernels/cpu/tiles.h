@@ -19,6 +19,46 @@ constexpr int kMaxHeadDim = 256;
 template <class T>
 constexpr int kPad = kLanes<T> > kTileRows ? kLanes<T> : kTileRows;
 
+// Fetches the rows of the next chunk, a few at every step. Rows that lie far apart ([B, N, H, D] tensors) are beyond
+// the hardware prefetcher, and all rows at once are more than the core can wait for; asked for between register
+// tiles, they arrive behind the arithmetic.
+class Prefetcher {
+ public:
+  template <class E>
+  void add(const SeqRows<E>& rows, int cols) {
+    stream_[num_streams_++] = {reinterpret_cast<const char*>(rows.data), rows.stride * static_cast<int64_t>(sizeof(E)),
+                               cols * static_cast<int>(sizeof(E))};
+  }
+  // Rows [first, last) of every stream are to come, in about `steps` steps.
+  void begin(int64_t first, int64_t last, int steps) {
+    first_ = row_ = first;
+    last_ = last;
+    current_ = first < last ? 0 : num_streams_;
+    rows_per_step_ = static_cast<int>((num_streams_ * (last - first) + steps - 1) / steps);
+  }
+  LA2_INLINE void step() {
+    for (int i = 0; i < rows_per_step_ && current_ < num_streams_; ++i) {
+      const Stream& stream = stream_[current_];
+      for (int byte = 0; byte < stream.row_bytes; byte += 64)
+        __builtin_prefetch(stream.data + row_ * stream.stride + byte, 0, 2);
+      if (++row_ == last_) {
+        row_ = first_;
+        ++current_;
+      }
+    }
+  }
+
+ private:
+  struct Stream {
+    const char* data;
+    int64_t stride;  // bytes
+    int row_bytes;
+  };
+  Stream stream_[6];
+  int num_streams_ = 0, current_ = 0, rows_per_step_ = 0;
+  int64_t first_ = 0, last_ = 0, row_ = 0;
+};
+
 // A factor that is not rounded to T: a gentle head's state is multiplied by lambda^C thousands of times, always with
 // the same rounding error.
 template <class T>
@@ -101,10 +141,11 @@ CarriedState<T> take_state(Arena& arena, int rows, int cols) {
 // z = decay z + a^T b in columns [begin, end), for the first `count` rows of a and b.
 template <class T>
 void accumulate(const CarriedState<T>& z, const Factor<T>& decay, const Panels<T>& a, const Panels<T>& b, int count,
-                int begin, int end) {
+                int begin, int end, Prefetcher& next) {
   for_each_tile<T>(begin, end, [&](auto width, int col) {
     const int pitch = z.value.pitch(col);
     for (int row = 0; row < z.value.rows; row += kTileRows) {
+      next.step();
       auto sum = zero_tile<T>(width);
       add_product_transposed(sum, a, row, b, col, 0, count);
       add_to_state(sum, z.value.at(row, col), z.rest.at(row, col), pitch, decay);
@@ -121,16 +162,6 @@ int panel_count(int cols) {
 template <class T>
 LA2_INLINE bool is_half(int col, int cols) {
   return cols - col < kLanes<T>;
-}
-
-// Asks for rows [first, first + kTileRows), as far as they exist, of a chunk to come.
-// Rows that lie far apart ([B, N, H, D] tensors) are beyond the hardware prefetcher; asked for a few at a time,
-// between two register tiles, they arrive behind the arithmetic.
-template <class E>
-LA2_INLINE void prefetch_rows(const SeqRows<E>& rows, int64_t first, int64_t length, int cols) {
-  constexpr int kLine = 64 / static_cast<int>(sizeof(E));
-  for (int64_t r = max_of<int64_t>(first, 0); r < min_of<int64_t>(first + kTileRows, length); ++r)
-    for (int col = 0; col < cols; col += kLine) __builtin_prefetch(rows.row(r) + col, 0, 2);
 }
 
 // x = the rows of a chunk, in the accumulation type; zeros beyond.
