@@ -11,9 +11,9 @@ namespace la2 {
 namespace {
 
 constexpr int64_t kMaxHeadDim = 256;
-constexpr int64_t kSegmentStep = 64;   // every chunk size divides it
-constexpr int64_t kMinSegment = 256;   // shorter ones spend their time on the states between them
-constexpr int64_t kMaxSegments = 64;   // each folds the states of all before it
+constexpr int64_t kSegmentStep = 64;  // every chunk size divides it
+constexpr int64_t kMinSegment = 256;  // shorter ones spend their time on the states between them
+constexpr int64_t kMaxSegments = 64;  // each folds the states of all before it
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -48,8 +48,8 @@ constexpr TileCost kSimtDoubleTiles[] = {
     {{128, 32, 32}, 3, {14.0, 10.0}, {6.0, 4.4}},
     {{256, 32, 32}, 2, {26.0, 18.0}, {12.0, 9.0}},
 };
-constexpr double kLaunchUs = 3.0;   // one more kernel on the stream
-constexpr double kCutUs = 9.0;      // the state pass and the combine pass, before their work
+constexpr double kLaunchUs = 3.0;  // one more kernel on the stream
+constexpr double kCutUs = 9.0;     // the state pass and the combine pass, before their work
 constexpr double kWorthwhile = 0.97;
 constexpr double kCombineGBs = 2500;  // of local states read and written
 
@@ -85,8 +85,8 @@ int64_t shared_bytes(Family family, const Tile& tile, bool slope_grad) {
 }
 
 // One launch of `jobs` blocks-per-unit shapes, every block walking `chunks` chunks.
-double launch_us(const TileCost& cost, const ChunkCost& chunk, int64_t blocks, int64_t tokens, const DeviceProps& device,
-                 bool slope_grad, Family family) {
+double launch_us(const TileCost& cost, const ChunkCost& chunk, int64_t blocks, int64_t tokens,
+                 const DeviceProps& device, bool slope_grad, Family family) {
   if (blocks == 0 || tokens == 0) return kLaunchUs;
   const int64_t bytes = shared_bytes(family, cost.tile, slope_grad) + 1024;
   const int64_t fitting = std::max<int64_t>(1, std::min<int64_t>(cost.blocks_per_sm, device.shared_per_sm / bytes));
@@ -160,8 +160,9 @@ int64_t count_units(const Problem& p, int64_t segment_len) {
 }
 
 // The plan with these tiles and this number of segments, and its predicted time.
-Candidate evaluate(const Problem& p, const DeviceProps& device, Family family, const std::vector<const TileCost*>& tiles,
-                   const std::vector<std::vector<Job>>& launches, int64_t segments) {
+Candidate evaluate(const Problem& p, const DeviceProps& device, Family family,
+                   const std::vector<const TileCost*>& tiles, const std::vector<std::vector<Job>>& launches,
+                   int64_t segments) {
   Candidate candidate;
   Plan& plan = candidate.plan;
   plan.family = family;
@@ -191,8 +192,7 @@ Candidate evaluate(const Problem& p, const DeviceProps& device, Family family, c
     }
     us += launch_us(*tiles[i], tiles[i]->main, blocks, walked, device, p.slope_grad, family) *
           (p.backward && family == Family::kSm80 ? kSplitCost : 1.0);
-    if (cut && i == 0)
-      us += launch_us(*tiles[i], tiles[i]->state_only, state_blocks, walked, device, false, family);
+    if (cut && i == 0) us += launch_us(*tiles[i], tiles[i]->state_only, state_blocks, walked, device, false, family);
   }
   if (cut) {
     const int64_t bytes = 8 * plan.local_states * p.heads * p.dim_k * p.dim_v;
@@ -338,8 +338,8 @@ Status parse_problem(const std::string& text, Problem* p) {
 
 Status parse_device(const std::string& text, DeviceProps* device) {
   int capability = 0, sms = 0, used = 0;
-  if (std::sscanf(text.c_str(), "sm_%dx%d%n", &capability, &sms, &used) != 2 ||
-      used != static_cast<int>(text.size()) || sms <= 0)
+  if (std::sscanf(text.c_str(), "sm_%dx%d%n", &capability, &sms, &used) != 2 || used != static_cast<int>(text.size()) ||
+      sms <= 0)
     return Status::error("device is '" + text + "', expected sm_<capability>x<multiprocessors>, as sm_90x132");
   device->compute_capability = capability;
   device->num_sms = sms;

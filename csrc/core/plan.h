@@ -22,9 +22,9 @@ struct Problem {
 };
 
 struct DeviceProps {
-  int compute_capability = 0;         // 80, 86, 89, 90, ...
+  int compute_capability = 0;  // 80, 86, 89, 90, ...
   int num_sms = 0;
-  int64_t shared_per_block = 0;       // bytes a block may ask for
+  int64_t shared_per_block = 0;  // bytes a block may ask for
   int64_t shared_per_sm = 0;
 };
 
@@ -52,7 +52,8 @@ Status make_plan(const Problem& problem, const DeviceProps& device, const std::s
 // One line for people: the problem, the device, the plan.
 std::string describe(const Problem& problem, const DeviceProps& device, const Plan& plan);
 
-// The inverse of what people type: "B,H,N,D,E,dtype[,backward][,packed=NUM_SEQS]" and "sm_90x132". Used by `info --plan`.
+// The inverse of what people type: "B,H,N,D,E,dtype[,backward][,packed=NUM_SEQS]" and "sm_90x132". Used by `info
+// --plan`.
 Status parse_problem(const std::string& text, Problem* problem);
 Status parse_device(const std::string& text, DeviceProps* device);
 

@@ -56,12 +56,12 @@ struct Sizes {
 struct ForwardParams {
   Sizes sizes;
   DType dtype;
-  Rows q, k;                  // [B, H, N, D]
-  Rows v;                     // [B, H, N, E]
-  MutableRows out;            // [B, H, N, E]
+  Rows q, k;        // [B, H, N, D]
+  Rows v;           // [B, H, N, E]
+  MutableRows out;  // [B, H, N, E]
   Slopes slope;
-  State initial_state;        // S_{-1}; absent: zero
-  MutableState final_state;   // S_{N-1}; absent: not wanted. An empty sequence copies its initial state.
+  State initial_state;       // S_{-1}; absent: zero
+  MutableState final_state;  // S_{N-1}; absent: not wanted. An empty sequence copies its initial state.
   SeqOffsets cu_seqlens;
   double scale;
 };
@@ -70,10 +70,10 @@ struct ForwardParams {
 struct BackwardParams {
   Sizes sizes;
   DType dtype;
-  Rows grad_out;                    // [B, H, N, E]
-  State grad_final_state;           // absent: zero
-  Rows q, k;                        // [B, H, N, D]
-  Rows v;                           // [B, H, N, E]
+  Rows grad_out;           // [B, H, N, E]
+  State grad_final_state;  // absent: zero
+  Rows q, k;               // [B, H, N, D]
+  Rows v;                  // [B, H, N, E]
   Slopes slope;
   State initial_state;
   SeqOffsets cu_seqlens;
@@ -89,11 +89,11 @@ struct BackwardParams {
 struct DecodeParams {
   int64_t rows, heads, dim_k, dim_v, slots;
   DType dtype;
-  Rows q, k;            // [rows, H, D]: stride_b is the row stride, stride_n unused
-  Rows v;               // [rows, H, E]
-  MutableRows out;      // [rows, H, E]
-  MutableState state;   // [slots, H, D, E], accumulation dtype
-  Slopes slope;         // [H] or [rows, H]
+  Rows q, k;                  // [rows, H, D]: stride_b is the row stride, stride_n unused
+  Rows v;                     // [rows, H, E]
+  MutableRows out;            // [rows, H, E]
+  MutableState state;         // [slots, H, D, E], accumulation dtype
+  Slopes slope;               // [H] or [rows, H]
   const void* state_indices;  // [rows] or nullptr
   bool indices_are_int64;
   double scale;

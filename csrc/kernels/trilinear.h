@@ -25,14 +25,14 @@ namespace la2 {
 constexpr int kMaxJobs = 3;
 
 struct TrilinearJob {
-  Rows a, b;            // [B, H, N, Da]
-  Rows c;               // [B, H, N, Dc]
-  MutableRows out;      // [B, H, N, Dc]
+  Rows a, b;        // [B, H, N, Da]
+  Rows c;           // [B, H, N, Dc]
+  MutableRows out;  // [B, H, N, Dc]
   int32_t dim_a, dim_c;
   bool reverse;
   double inter, intra, update;  // factors of the equations above: forward (scale, scale, 1), reverse (1, scale, scale)
-  State initial;        // Z entering the sequence [num_seqs, H, Da, Dc]; absent: zero
-  MutableState final;   // Z leaving the sequence; absent: not wanted. An empty sequence copies `initial`.
+  State initial;                // Z entering the sequence [num_seqs, H, Da, Dc]; absent: zero
+  MutableState final;           // Z leaving the sequence; absent: not wanted. An empty sequence copies `initial`.
   // A state per unit, [num_units, H, Da, Dc] (stride_s steps units), where sequences are cut: the state pass leaves
   // in it what each segment gathers alone, from zero; the combine pass turns that into Z as it enters the segment
   // (`initial` included), which is what the main pass starts from. Jobs that sweep alike over the same b and c may
@@ -44,8 +44,8 @@ struct TrilinearJob {
   //   dots[0] = sum_i x_i . out_inter_i
   //   dots[1] = sum_i n_i x_i . out_inter_i                    n_i = i + 1 forward, C-1-i reverse
   //   dots[2] = sum_{j<i} (i-j) lambda^(i-j) intra (a_i . b_j)(c_j . x_i)       of use from a forward job alone
-  Rows x;               // [B, H, N, Dc]
-  void* dots;           // [num_chunk_slots, H, num_slices, 3]
+  Rows x;      // [B, H, N, Dc]
+  void* dots;  // [num_chunk_slots, H, num_slices, 3]
 };
 
 struct TrilinearParams {

@@ -112,10 +112,8 @@ void check_qkv(const char* op, DeviceType device, const Tensor& q, const Tensor&
   check_dtype(op, "k", k, q.scalar_type(), " as for q");
   check_dtype(op, "v", v, q.scalar_type(), " as for q");
   for (int64_t i = 0; i + 1 < rank; ++i) {
-    if (k.size(i) != q.size(i))
-      fail(op, ": k.shape[", i, "] is ", k.size(i), ", expected ", q.size(i), " as for q");
-    if (v.size(i) != q.size(i))
-      fail(op, ": v.shape[", i, "] is ", v.size(i), ", expected ", q.size(i), " as for q");
+    if (k.size(i) != q.size(i)) fail(op, ": k.shape[", i, "] is ", k.size(i), ", expected ", q.size(i), " as for q");
+    if (v.size(i) != q.size(i)) fail(op, ": v.shape[", i, "] is ", v.size(i), ", expected ", q.size(i), " as for q");
   }
   if (k.size(rank - 1) != q.size(rank - 1))
     fail(op, ": k.shape[-1] is ", k.size(rank - 1), ", expected ", q.size(rank - 1), " as for q");
@@ -148,8 +146,8 @@ void check_offsets(const char* op, const Int* offsets, int64_t num_seqs, int64_t
   if (offsets[0] != 0) fail(op, ": cu_seqlens[0] is ", offsets[0], ", expected 0");
   for (int64_t i = 0; i < num_seqs; ++i)
     if (offsets[i + 1] < offsets[i])
-      fail(op, ": cu_seqlens[", i + 1, "] is ", offsets[i + 1], ", expected at least cu_seqlens[", i, "] = ",
-           offsets[i]);
+      fail(op, ": cu_seqlens[", i + 1, "] is ", offsets[i + 1], ", expected at least cu_seqlens[", i,
+           "] = ", offsets[i]);
   if (offsets[num_seqs] != length)
     fail(op, ": cu_seqlens[-1] is ", offsets[num_seqs], ", expected the number of tokens, ", length);
 }

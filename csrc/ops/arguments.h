@@ -9,12 +9,12 @@ namespace la2::ops {
 
 // Arguments of forward, forward_with_state and backward. Rows the kernels cannot read as they are were copied.
 struct Attention {
-  const char* op;        // "la2::forward"
-  Tensor q, k;           // [B, H, N, D]
-  Tensor v;              // [B, H, N, E]
-  OptTensor slope;       // [H] or [num_seqs, H], accumulation dtype
+  const char* op;           // "la2::forward"
+  Tensor q, k;              // [B, H, N, D]
+  Tensor v;                 // [B, H, N, E]
+  OptTensor slope;          // [H] or [num_seqs, H], accumulation dtype
   OptTensor initial_state;  // [num_seqs, H, D, E], accumulation dtype
-  OptTensor cu_seqlens;  // [num_seqs + 1] int32 or int64
+  OptTensor cu_seqlens;     // [num_seqs + 1] int32 or int64
   double scale;
 
   Sizes sizes;
@@ -31,12 +31,12 @@ Tensor check_grad_out(const Attention& args, const Tensor& grad_out);
 OptTensor check_grad_final_state(const Attention& args, const OptTensor& grad_final_state);
 
 struct Decode {
-  Tensor q, k;               // [rows, H, D]
-  Tensor v;                  // [rows, H, E]
-  Tensor state;              // [slots, H, D, E], updated in place
-  OptTensor slope;           // [H] or [rows, H]
-  OptTensor state_indices;   // [rows] int32 or int64
-  DecodeParams params;       // everything but `out`
+  Tensor q, k;              // [rows, H, D]
+  Tensor v;                 // [rows, H, E]
+  Tensor state;             // [slots, H, D, E], updated in place
+  OptTensor slope;          // [H] or [rows, H]
+  OptTensor state_indices;  // [rows] int32 or int64
+  DecodeParams params;      // everything but `out`
 };
 
 Decode check_decode(DeviceType device, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& state,

@@ -14,25 +14,29 @@ cpu::Parallel torch_threads() {
   return {run, static_cast<int>(torch::stable::get_num_threads())};
 }
 
+// The kernels take their scratch memory before they write anything.
+void check_memory(const char* op, bool had_memory) {
+  if (!had_memory) fail(op, ": out of memory for the scratch space of the CPU kernels");
+}
+
 Tensor forward(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& slope,
                const OptTensor& initial_state, const OptTensor& cu_seqlens, double scale) {
-  const Attention args =
-      check_attention("la2::forward", kDevice, q, k, v, slope, initial_state, cu_seqlens, scale);
+  const Attention args = check_attention("la2::forward", kDevice, q, k, v, slope, initial_state, cu_seqlens, scale);
   Tensor out = empty_rows(q, args.sizes.dim_v);
-  cpu::kernels().forward(forward_params(args, out), torch_threads());
+  check_memory(args.op, cpu::kernels().forward(forward_params(args, out), torch_threads()));
   return out;
 }
 
-std::tuple<Tensor, Tensor> forward_with_state(const Tensor& q, const Tensor& k, const Tensor& v,
-                                              const OptTensor& slope, const OptTensor& initial_state,
-                                              const OptTensor& cu_seqlens, double scale) {
+std::tuple<Tensor, Tensor> forward_with_state(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& slope,
+                                              const OptTensor& initial_state, const OptTensor& cu_seqlens,
+                                              double scale) {
   const Attention args =
       check_attention("la2::forward_with_state", kDevice, q, k, v, slope, initial_state, cu_seqlens, scale);
   Tensor out = empty_rows(q, args.sizes.dim_v);
   Tensor final_state = empty_state(args);
   ForwardParams params = forward_params(args, out);
   params.final_state = mutable_state(final_state);
-  cpu::kernels().forward(params, torch_threads());
+  check_memory(args.op, cpu::kernels().forward(params, torch_threads()));
   return {out, final_state};
 }
 
@@ -53,8 +57,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_o
                                                             const OptTensor& slope, const OptTensor& initial_state,
                                                             const OptTensor& cu_seqlens, double scale,
                                                             bool need_dslope) {
-  const Attention args =
-      check_attention("la2::backward", kDevice, q, k, v, slope, initial_state, cu_seqlens, scale);
+  const Attention args = check_attention("la2::backward", kDevice, q, k, v, slope, initial_state, cu_seqlens, scale);
   const Sizes& s = args.sizes;
   const Tensor grad_rows = check_grad_out(args, grad_out);
   const OptTensor grad_state = check_grad_final_state(args, grad_final_state);
@@ -62,9 +65,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_o
   Tensor dq = empty_rows(q, s.dim_k), dk = empty_rows(k, s.dim_k), dv = empty_rows(v, s.dim_v);
   Tensor dinitial_state = initial_state ? empty_state(args) : empty_contiguous(q, {0}, args.accumulation);
   const bool wants_dslope = slope.has_value() && need_dslope;
-  Tensor per_sequence =
-      empty_contiguous(q, wants_dslope ? std::vector<int64_t>{s.num_seqs, s.heads} : std::vector<int64_t>{0},
-                       args.accumulation);
+  Tensor per_sequence = empty_contiguous(
+      q, wants_dslope ? std::vector<int64_t>{s.num_seqs, s.heads} : std::vector<int64_t>{0}, args.accumulation);
 
   BackwardParams p{};
   p.sizes = s;
@@ -83,7 +85,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_o
   p.grad_v = mutable_rows(dv);
   if (initial_state) p.grad_initial_state = mutable_state(dinitial_state);
   if (wants_dslope) p.grad_slope = per_sequence.mutable_data_ptr();
-  cpu::kernels().backward(p, torch_threads());
+  check_memory(args.op, cpu::kernels().backward(p, torch_threads()));
 
   Tensor dslope = per_sequence;
   if (wants_dslope && slope->dim() == 1) {
@@ -108,11 +110,13 @@ Tensor decode(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& s
               const OptTensor& state_indices, double scale) {
   Decode args = check_decode(kDevice, q, k, v, state, slope, state_indices, scale);
   DecodeParams& p = args.params;
-  if (p.state_indices && p.indices_are_int64) check_slots(static_cast<const int64_t*>(p.state_indices), p.rows, p.slots);
-  if (p.state_indices && !p.indices_are_int64) check_slots(static_cast<const int32_t*>(p.state_indices), p.rows, p.slots);
+  if (p.state_indices && p.indices_are_int64)
+    check_slots(static_cast<const int64_t*>(p.state_indices), p.rows, p.slots);
+  if (p.state_indices && !p.indices_are_int64)
+    check_slots(static_cast<const int32_t*>(p.state_indices), p.rows, p.slots);
   Tensor out = empty_contiguous(q, {p.rows, p.heads, p.dim_v}, q.scalar_type());
   p.out = {out.mutable_data_ptr(), out.stride(0), out.stride(1), 0};
-  cpu::kernels().decode(p, torch_threads());
+  check_memory("la2::decode", cpu::kernels().decode(p, torch_threads()));
   return out;
 }
 

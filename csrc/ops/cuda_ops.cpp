@@ -56,8 +56,9 @@ class Device {
 
 Plan plan_for(const Attention& args, bool backward, bool slope_grad, const Device& device) {
   const Sizes& s = args.sizes;
-  const Problem problem{backward, args.dtype, s.batch,   s.heads,   s.length,
-                        s.dim_k,  s.dim_v,    s.num_seqs, args.cu_seqlens.has_value(), slope_grad};
+  const Problem problem{
+      backward,  args.dtype, s.batch, s.heads, s.length, s.dim_k, s.dim_v, s.num_seqs, args.cu_seqlens.has_value(),
+      slope_grad};
   const char* forced = std::getenv("LA2_PLAN");
   Plan plan;
   const Status status = make_plan(problem, device.props(), forced ? forced : "", &plan);
@@ -70,8 +71,8 @@ void launch(const Attention& args, const Plan& plan, int which, const TrilinearP
   cudaError_t error;
   if (plan.family == Family::kSm80) {
     const Tile& tile = plan.tiles[which];
-    error = sm80::launch_trilinear(params, {args.dtype, tile.tile_a, tile.slice, gradients, slope_grad},
-                                   state_only, stream);
+    error = sm80::launch_trilinear(params, {args.dtype, tile.tile_a, tile.slice, gradients, slope_grad}, state_only,
+                                   stream);
   } else {
     error = state_only ? simt::launch_state_pass(params, args.dtype, stream)
                        : simt::launch_trilinear(params, args.dtype, stream);
@@ -139,9 +140,9 @@ Tensor forward(const Tensor& q, const Tensor& k, const Tensor& v, const OptTenso
   return out;
 }
 
-std::tuple<Tensor, Tensor> forward_with_state(const Tensor& q, const Tensor& k, const Tensor& v,
-                                              const OptTensor& slope, const OptTensor& initial_state,
-                                              const OptTensor& cu_seqlens, double scale) {
+std::tuple<Tensor, Tensor> forward_with_state(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& slope,
+                                              const OptTensor& initial_state, const OptTensor& cu_seqlens,
+                                              double scale) {
   const Attention args =
       check_attention("la2::forward_with_state", kDevice, q, k, v, slope, initial_state, cu_seqlens, scale);
   Tensor out = empty_rows(q, args.sizes.dim_v);
@@ -164,7 +165,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_o
   Tensor dq = empty_rows(q, s.dim_k), dk = empty_rows(k, s.dim_k), dv = empty_rows(v, s.dim_v);
   Tensor dinitial_state = initial_state ? empty_state(args) : empty_contiguous(q, {0}, args.accumulation);
   std::vector<int64_t> dslope_sizes{0};
-  if (wants_dslope) dslope_sizes = slope->dim() == 1 ? std::vector<int64_t>{s.heads} : std::vector<int64_t>{s.num_seqs, s.heads};
+  if (wants_dslope)
+    dslope_sizes = slope->dim() == 1 ? std::vector<int64_t>{s.heads} : std::vector<int64_t>{s.num_seqs, s.heads};
   Tensor dslope = empty_contiguous(q, dslope_sizes, args.accumulation);
 
   const Device device(args.op, args.q);

@@ -207,6 +207,12 @@ def _redispatch(op, keyset, args, kwargs):
         return op.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
 
 
+def _primals(tensors):
+    """Without this level's tangents, which save_for_forward keeps; those of the levels below stay."""
+    with forward_ad._set_fwd_grad_enabled(True):
+        return [None if t is None else forward_ad.unpack_dual(t).primal for t in tensors]
+
+
 class _Node(torch.autograd.Function):
     """An autograd node made inside a kernel of the Autograd dispatch key. functorch has peeled a layer by then, so
     the node belongs on that layer's graph directly; Function.apply would hand it to functorch again. The layers
@@ -280,9 +286,9 @@ class _Forward(_Node):
 
     @staticmethod
     def jvp(ctx, _call, tq, tk, tv, tslope, tinitial_state, _cu_seqlens, _scale):
-        q, k, v, slope, initial_state, cu_seqlens = ctx.saved_tensors
-        terms = _tangent_terms(q, k, v, slope, initial_state, cu_seqlens, tq, tk, tv, tslope, tinitial_state)
-        out, state = _jvp(terms, slope, cu_seqlens, ctx.scale)
+        q, k, v, slope, initial_state, cu_seqlens = _primals(ctx.saved_tensors)
+        terms = _Node.run(_tangent_terms, q, k, v, slope, initial_state, cu_seqlens, tq, tk, tv, tslope, tinitial_state)
+        out, state = _Node.run(_jvp, terms, slope, cu_seqlens, ctx.scale)
         if out is None:
             out = torch.zeros(ctx.out_shape, dtype=ctx.out_dtype, device=q.device)
         if not ctx.has_state:
@@ -354,13 +360,16 @@ class _Backward(_Node):
 
     @staticmethod
     def jvp(ctx, _call, t_grad_out, t_grad_state, tq, tk, tv, tslope, tinitial_state, *_):
-        grad_out, grad_final_state, q, k, v, slope, initial_state, cu_seqlens = ctx.saved_tensors
+        grad_out, grad_final_state, q, k, v, slope, initial_state, cu_seqlens = _primals(ctx.saved_tensors)
         # The part through the inputs is a product with the Hessian of L, which is symmetric.
-        terms = _tangent_terms(q, k, v, slope, initial_state, cu_seqlens, tq, tk, tv, tslope, tinitial_state)
+        terms = _Node.run(_tangent_terms, q, k, v, slope, initial_state, cu_seqlens, tq, tk, tv, tslope, tinitial_state)
         need_dslope = slope is not None and ctx.need_dslope
-        total = _gradient_of_jvp(terms, grad_out, grad_final_state, slope, cu_seqlens, ctx.scale, need_dslope)
+        total = _Node.run(
+            _gradient_of_jvp, terms, grad_out, grad_final_state, slope, cu_seqlens, ctx.scale, need_dslope
+        )
         if t_grad_out is not None or t_grad_state is not None:
-            linear = _la2.backward(
+            linear = _Node.run(
+                _la2.backward,
                 torch.zeros_like(grad_out) if t_grad_out is None else t_grad_out,
                 t_grad_state,
                 q,
@@ -458,14 +467,23 @@ def _decode_autograd(keyset, q, k, v, state, slope=None, *, state_indices=None, 
                     f"la2::decode: {name} requires grad, expected inputs without gradient, since decode has no "
                     "backward (call it under torch.no_grad() or torch.inference_mode(), or use la2::forward_with_state)"
                 )
-    out = _redispatch(
+    return _redispatch(
         _la2.decode.default, keyset, (q, k, v, state, slope), {"state_indices": state_indices, "scale": scale}
     )
-    torch.autograd.graph.increment_version(state)
-    return out
 
 
 _library.impl(_la2.decode.default, _decode_autograd, "Autograd", with_keyset=True)
+
+
+def _decode_in_place(keyset, *args, **kwargs):
+    """Also in inference mode, where the Autograd key is skipped: a graph may have saved the state."""
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        out = _la2.decode.default.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args, **kwargs)
+    torch.autograd.graph.increment_version(args[3] if len(args) > 3 else kwargs["state"])
+    return out
+
+
+_library.impl(_la2.decode.default, _decode_in_place, "ADInplaceOrView", with_keyset=True)
 
 
 # ---- vmap: the mapped dimension joins the heads, which no sequence layout minds
@@ -503,7 +521,8 @@ def _register_vmap(op, rule, signature: tuple[str, ...], defaults: dict) -> None
 
     def by_position(*args):
         values = dict(zip(signature, args, strict=True))
-        return op(*(values.pop(name) for name in signature if name not in keyword_only), **values)
+        positional = [values.pop(name) for name in signature if name not in keyword_only]
+        return op(*positional, **values)
 
     keyword_only = {argument.name for argument in op._schema.arguments if argument.kwarg_only}
 

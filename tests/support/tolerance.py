@@ -170,7 +170,8 @@ def _magnitudes(inputs, truth_of):
 
 def _carried(squared, values):
     """N^2 times the sum of w^2 of each sequence and head, in the shape of the slope."""
-    flow = _groups(values["out"] * squared.grad_out, "out", squared, lambda x: x.sum((-1, -2)))
+    whole = squared.replace(windows=None)  # the slope's gradient knows no windows
+    flow = _groups(values["out"] * squared.grad_out, "out", whole, lambda x: x.sum((-1, -2)))
     flow = flow + (values["final_state"] * squared.grad_final_state).sum((-1, -2))
     ends = squared.cu_seqlens
     tokens = squared.q.new_tensor([squared.q.shape[2]]) if ends is None else (ends[1:] - ends[:-1]).double()

@@ -104,8 +104,15 @@ bool decode(const DecodeParams& p, const Parallel& parallel) {
       widen(k, p.k, row, head, D);
       widen(v, p.v, row, head, E);
       T* const state = static_cast<T*>(p.state.data) + slot * p.state.stride_s + head * p.state.stride_h;
-      DecodeStep<S>{q, k, v, out, {state, p.state.stride_d, p.state.stride_e}, D, E,
-                    static_cast<T>(decay_power<T>(slope_at<T>(p.slope, row, head), 1)), static_cast<T>(p.scale)}
+      DecodeStep<S>{q,
+                    k,
+                    v,
+                    out,
+                    {state, p.state.stride_d, p.state.stride_e},
+                    D,
+                    E,
+                    static_cast<T>(decay_power<T>(slope_at<T>(p.slope, row, head), 1)),
+                    static_cast<T>(p.scale)}
           .run();
     }
     Element* to = static_cast<Element*>(p.out.data) + row * p.out.stride_b + head * p.out.stride_h;

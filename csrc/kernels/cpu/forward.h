@@ -12,12 +12,12 @@ template <class S>
 struct ForwardScratch {
   using T = typename S::Acc;
   Decay<T> decay;
-  Panels<T> a_t;    // [dim_a, C]
-  Panels<T> b;      // [C, dim_a]
-  Panels<T> c;      // [C, dim_c]
+  Panels<T> a_t;          // [dim_a, C]
+  Panels<T> b;            // [C, dim_a]
+  Panels<T> c;            // [C, dim_c]
   CarriedState<T> state;  // [dim_a, dim_c]
-  T* scores;        // [C, C], row j, column i: scale lambda^(i-j) a_i . b_j
-  Panels<T> aged;   // [dim_a, dim_c], only for the slope gradient
+  T* scores;              // [C, C], row j, column i: scale lambda^(i-j) a_i . b_j
+  Panels<T> aged;         // [dim_a, dim_c], only for the slope gradient
 
   ForwardScratch(Arena& arena, int dim_a, int dim_c, bool has_slope_terms)
       : decay(arena),
@@ -50,9 +50,9 @@ struct ForwardSweep {
   StateView<const T> initial;  // [dim_a, dim_c]
   StateView<T> final;
   // In the sweep that makes dq, if the slope gradient is wanted (see backward.h):
-  double* slope_terms;             // one for each panel of dim_c, or nullptr
-  SeqRows<const Element> q;        // [N, dim_c]
-  StateView<const T> grad_final;   // [dim_a, dim_c]
+  double* slope_terms;            // one for each panel of dim_c, or nullptr
+  SeqRows<const Element> q;       // [N, dim_c]
+  StateView<const T> grad_final;  // [dim_a, dim_c]
 
   void run(char* memory) const {
     Arena arena(memory);
@@ -170,21 +170,19 @@ bool forward(const ForwardParams& p, const Parallel& parallel) {
     const int first = slices.begin(slice, panels) * Panels<T>::kWidth;
     const int last = min_of(E, slices.end(slice, panels) * Panels<T>::kWidth);
     const Span span(p.sizes, p.cu_seqlens, task / heads, task % heads);
-    ForwardSweep<S>{span.rows<Element>(p.q),
-                    span.rows<Element>(p.k),
-                    span.rows<Element>(p.v).columns(first),
-                    span.rows<Element>(p.out).columns(first),
-                    span.length,
-                    D,
-                    last - first,
-                    span.slope<T>(p.slope),
-                    p.scale,
-                    span.state<T>(p.initial_state).columns(first),
-                    span.state<T>(p.final_state).columns(first),
-                    nullptr,
-                    {nullptr, 0},
-                    {nullptr, 0, 0}}
-        .run(memory);
+    ForwardSweep<S> x = {};
+    x.a = span.rows<Element>(p.q);
+    x.b = span.rows<Element>(p.k);
+    x.c = span.rows<Element>(p.v).columns(first);
+    x.out = span.rows<Element>(p.out).columns(first);
+    x.length = span.length;
+    x.dim_a = D;
+    x.dim_c = last - first;
+    x.slope = span.slope<T>(p.slope);
+    x.scale = p.scale;
+    x.initial = span.state<T>(p.initial_state).columns(first);
+    x.final = span.state<T>(p.final_state).columns(first);
+    x.run(memory);
   };
   expect_writes<Element>(p.out, p.sizes, E);
   return run_jobs(parallel, slices.jobs(), sweep_work(p.sizes), ForwardScratch<S>::bytes(D, E, false), sweep);

@@ -117,8 +117,7 @@ LA2_INLINE void add_product(Tile<T, kVecs>& c, const T* a, int a_pitch, const T*
 
 // The same with a stored transposed: a[k * pitch + m].
 template <class T, int kVecs>
-LA2_INLINE void add_product_transposed(Tile<T, kVecs>& c, const T* a, int a_pitch, const T* b, int b_pitch,
-                                       int count) {
+LA2_INLINE void add_product_transposed(Tile<T, kVecs>& c, const T* a, int a_pitch, const T* b, int b_pitch, int count) {
   for (int k = 0; k < count; ++k) add_outer(c, a + k * a_pitch, 1, b + k * b_pitch, 0, kTileRows);
 }
 

@@ -8,8 +8,9 @@
 namespace la2::cpu {
 namespace {
 
-// Rows per chunk. The work per token is 4 D E (through the state) + C (D + E) (inside the chunk) flops; at 64
-// the second part is still the small one, and the state is read and written rarely enough not to show.
+// Rows per chunk. The work per token is 4 D E flops through the state and C (D + E) inside the chunk, and the state is
+// read and written once a chunk. Measured with AVX-512, 32 against 64: 10 % faster at D = E = 64, 2 % at 128 and 192,
+// 3 % slower at 256.
 constexpr int kChunk = 32;
 
 constexpr int kMaxHeadDim = 256;
@@ -17,7 +18,7 @@ constexpr int kMaxHeadDim = 256;
 // Rows and columns of scratch are written to these multiples, so that register tiles stay inside what was
 // written.
 template <class T>
-constexpr int kPad = kLanes<T> > kTileRows ? kLanes<T> : kTileRows;
+constexpr int kPad = max_of(kLanes<T>, kTileRows);
 
 // Fetches the rows of the next chunk, a few at every step. Rows that lie far apart ([B, N, H, D] tensors) are beyond
 // the hardware prefetcher, and all rows at once are more than the core can wait for; asked for between register
@@ -108,8 +109,8 @@ Panels<T> take_panels(Arena& arena, int rows, int cols) {
   return {arena.take<T>(static_cast<int64_t>(rows) * padded), rows, padded};
 }
 
-// value + rest = decay (value + rest) + the tile. Each product rounds once here: multiply and add are fused, where the
-// instruction set can.
+// value + rest = decay (value + rest) + the tile. Where multiply and add are fused, decay.high * old - sum is exact but
+// for one rounding of a number as small as the addend.
 template <class T, int kVecs>
 LA2_INLINE void add_to_state(const Tile<T, kVecs>& c, T* value, T* rest, int pitch, const Factor<T>& decay) {
   LA2_UNROLL
@@ -205,8 +206,7 @@ void transpose_panels(const Panels<T>& y, const Panels<T>& x, int rows, int cols
     for (int col = 0; col < cols; col += W) {
       Vec<T> square[W];
       LA2_UNROLL
-      for (int i = 0; i < W; ++i)
-        square[i] = i < W / 2 || !is_half<T>(row, rows) ? load(x.at(row + i, col)) : Vec<T>{};
+      for (int i = 0; i < W; ++i) square[i] = i < W / 2 || !is_half<T>(row, rows) ? load(x.at(row + i, col)) : Vec<T>{};
       transpose_square<T>(square);
       LA2_UNROLL
       for (int i = 0; i < W; ++i)
@@ -222,7 +222,7 @@ void scale_rows(const Panels<T>& x, int count, const T* factor, int step) {
     for (int col = 0; col < x.cols; col += kLanes<T>) store(x.at(r, col), factor[r * step] * load(x.at(r, col)));
 }
 
-// Rows first.. of a tile, as many as the chunk has, to memory.
+// The first `count` rows of a tile to memory.
 template <class S, int kVecs>
 LA2_INLINE void store_rows(const Tile<typename S::Acc, kVecs>& c, const SeqRows<typename S::Element>& rows, int count,
                            int col, int cols) {
@@ -258,8 +258,7 @@ void load_state(const CarriedState<T>& z, const StateView<const T>& s, int cols)
         for (int col = 0; col < width; ++col) panel[row * pitch + col] = from[row * s.stride_row + col];
     } else {
       for (int col = 0; col < width; ++col)
-        for (int row = 0; row < x.rows; ++row)
-          panel[row * pitch + col] = from[row * s.stride_row + col * s.stride_col];
+        for (int row = 0; row < x.rows; ++row) panel[row * pitch + col] = from[row * s.stride_row + col * s.stride_col];
     }
     for (int row = 0; row < x.rows; ++row)
       for (int col = width; col < pitch; ++col) panel[row * pitch + col] = 0;
@@ -277,8 +276,7 @@ void store_state(const StateView<T>& s, const Panels<T>& x, int begin, int end) 
         for (int col = 0; col < width; ++col) to[row * s.stride_row + col] = panel[row * pitch + col];
     } else {
       for (int col = 0; col < width; ++col)
-        for (int row = 0; row < x.rows; ++row)
-          to[row * s.stride_row + col * s.stride_col] = panel[row * pitch + col];
+        for (int row = 0; row < x.rows; ++row) to[row * s.stride_row + col * s.stride_col] = panel[row * pitch + col];
     }
   }
 }

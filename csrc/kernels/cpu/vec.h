@@ -7,7 +7,7 @@
 
 #include "../params.h"
 
-#if LA2_VEC_BYTES > 16 || defined(__F16C__)
+#if LA2_VEC_BYTES > 16
 #include <immintrin.h>
 #endif
 
@@ -29,9 +29,13 @@ constexpr int kLanes = LA2_VEC_BYTES / static_cast<int>(sizeof(T));
 
 constexpr int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
 template <class T>
-constexpr T min_of(T a, T b) { return b < a ? b : a; }
+constexpr T min_of(T a, T b) {
+  return b < a ? b : a;
+}
 template <class T>
-constexpr T max_of(T a, T b) { return a < b ? b : a; }
+constexpr T max_of(T a, T b) {
+  return a < b ? b : a;
+}
 
 // Any alignment.
 template <class T>
@@ -89,9 +93,7 @@ struct BFloat16 {
   using Element = uint16_t;
   using Acc = float;
   using Narrow = Bits16;
-  static LA2_INLINE Vec<float> widen(Bits16 x) {
-    return (Vec<float>)(__builtin_convertvector(x, Bits32) << 16);
-  }
+  static LA2_INLINE Vec<float> widen(Bits16 x) { return (Vec<float>)(__builtin_convertvector(x, Bits32) << 16); }
   static LA2_INLINE Bits16 narrow(Vec<float> x) {
     const Bits32 bits = (Bits32)x;
     const Bits32 is_nan = (Bits32)(x != x);
@@ -192,18 +194,10 @@ LA2_INLINE Vec<double> interleave_high(Vec<double> a, Vec<double> b) {
   return __builtin_shufflevector(a, b, 2, 6, 3, 7);
 }
 #else
-LA2_INLINE Vec<float> interleave_low(Vec<float> a, Vec<float> b) {
-  return __builtin_shufflevector(a, b, 0, 4, 1, 5);
-}
-LA2_INLINE Vec<float> interleave_high(Vec<float> a, Vec<float> b) {
-  return __builtin_shufflevector(a, b, 2, 6, 3, 7);
-}
-LA2_INLINE Vec<double> interleave_low(Vec<double> a, Vec<double> b) {
-  return __builtin_shufflevector(a, b, 0, 2);
-}
-LA2_INLINE Vec<double> interleave_high(Vec<double> a, Vec<double> b) {
-  return __builtin_shufflevector(a, b, 1, 3);
-}
+LA2_INLINE Vec<float> interleave_low(Vec<float> a, Vec<float> b) { return __builtin_shufflevector(a, b, 0, 4, 1, 5); }
+LA2_INLINE Vec<float> interleave_high(Vec<float> a, Vec<float> b) { return __builtin_shufflevector(a, b, 2, 6, 3, 7); }
+LA2_INLINE Vec<double> interleave_low(Vec<double> a, Vec<double> b) { return __builtin_shufflevector(a, b, 0, 2); }
+LA2_INLINE Vec<double> interleave_high(Vec<double> a, Vec<double> b) { return __builtin_shufflevector(a, b, 1, 3); }
 #endif
 
 // A square block of kLanes vectors, transposed in registers: log2(kLanes) rounds of interleaving row i with

@@ -99,8 +99,7 @@ struct Slices {
   int panels, count;
 
   Slices(int64_t tasks, int panels, int threads) : tasks(tasks), panels(panels), count(1) {
-    if (tasks > 0 && tasks < threads)
-      count = static_cast<int>(min_of<int64_t>(panels, (threads + tasks - 1) / tasks));
+    if (tasks > 0 && tasks < threads) count = static_cast<int>(min_of<int64_t>(panels, (threads + tasks - 1) / tasks));
   }
   int64_t jobs() const { return tasks * count; }
   int begin(int64_t slice, int of_panels) const { return static_cast<int>(of_panels * slice / count); }

@@ -17,8 +17,8 @@ constexpr int kCombineAhead = 8;  // segments whose loads are in flight at once
 // Grid: x = element blocks x heads x units, y = jobs. The block of a sequence's first unit walks all its segments, the
 // others of the sequence have nothing to do. A thread owns 16 bytes of the state.
 template <class T>
-__global__ void __launch_bounds__(kCombineThreads) la2_combine_simt_kernel(
-    const __grid_constant__ TrilinearParams params, int element_blocks) {
+__global__ void __launch_bounds__(kCombineThreads)
+    la2_combine_simt_kernel(const __grid_constant__ TrilinearParams params, int element_blocks) {
   constexpr int kSize = sizeof(Vec<T>) / sizeof(T);
   const TrilinearJob& job = params.jobs[blockIdx.y];
   const bool reverse = job.reverse;
@@ -43,10 +43,9 @@ __global__ void __launch_bounds__(kCombineThreads) la2_combine_simt_kernel(
                     element / job.dim_c * s.stride_d + element % job.dim_c * s.stride_e;
     for (int i = 0; i < kSize; ++i) z.x[i] = from[i * s.stride_e];
   }
-  T* const local = static_cast<T*>(job.local.data) + unit_idx * job.local.stride_s + head * job.local.stride_h + element;
-  auto place = [&](int64_t step) {
-    return local + (reverse ? count - 1 - step : step) * job.local.stride_s;
-  };
+  T* const local =
+      static_cast<T*>(job.local.data) + unit_idx * job.local.stride_s + head * job.local.stride_h + element;
+  auto place = [&](int64_t step) { return local + (reverse ? count - 1 - step : step) * job.local.stride_s; };
   for (int64_t first = 0; first < count; first += kCombineAhead) {
     Vec<T> gathered[kCombineAhead];
 #pragma unroll

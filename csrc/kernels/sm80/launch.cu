@@ -1,5 +1,4 @@
 #include "launch.h"
-
 #include "launch_instance.h"
 
 namespace la2::sm80 {
@@ -31,8 +30,8 @@ cudaError_t launch_trilinear(const TrilinearParams& params, const Instance& want
                              cudaStream_t stream) {
   for (const Entry& entry : kEntries) {
     const Instance& i = entry.instance;
-    if (i.dtype == wanted.dtype && i.tile_a == wanted.tile_a && i.slice == wanted.slice &&
-        i.split == wanted.split && i.slope_grad == wanted.slope_grad)
+    if (i.dtype == wanted.dtype && i.tile_a == wanted.tile_a && i.slice == wanted.slice && i.split == wanted.split &&
+        i.slope_grad == wanted.slope_grad)
       return entry.launch(params, state_only, stream);
   }
   return cudaErrorInvalidDeviceFunction;

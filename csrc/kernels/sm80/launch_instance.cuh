@@ -1,8 +1,7 @@
 // One instance of the sm80 kernel: a translation unit of its own, written by CMake (LA2_INSTANCE_NAME, and the
 // arguments of Config as LA2_DTYPE, LA2_TILE_A, LA2_SLICE, LA2_SPLIT, LA2_SLOPE_GRAD).
-#include "kernels/sm80/launch_instance.h"
-
 #include "core/tile.h"
+#include "kernels/sm80/launch_instance.h"
 #include "kernels/sm80/trilinear.cuh"
 
 namespace la2::sm80 {

@@ -46,9 +46,9 @@ struct Config {
   using TileP = tile::SharedTile<T, kChunk, kChunk>;
 };
 
-// Powers of lambda by signed distance x: ascending(x) = lambda^x for x >= 0, descending(x) = lambda^-x for x <= 0, both 0
-// on the other side. Causal masks, tails and both directions of the sweep are then plain look-ups at a lane's
-// base plus a constant.
+// Powers of lambda by signed distance x: ascending(x) = lambda^x for x >= 0, descending(x) = lambda^-x for x <= 0, both
+// 0 on the other side. Causal masks, tails and both directions of the sweep are then plain look-ups at a lane's base
+// plus a constant.
 template <int kChunk>
 struct Decay {
   float ascending_[2 * kChunk + 1], descending_[2 * kChunk + 1];  // x = -C .. C
@@ -70,9 +70,9 @@ struct Decay {
 
 template <class Cfg>
 struct SlopeGradStorage {
-  typename Cfg::TileP scores;         // [C, C] masked, times the distance
-  const typename Cfg::T* x;           // the operand that pairs with out, at this segment and slice
-  float* chunk_dots;                  // nullptr: not wanted of this job
+  typename Cfg::TileP scores;  // [C, C] masked, times the distance
+  const typename Cfg::T* x;    // the operand that pairs with out, at this segment and slice
+  float* chunk_dots;           // nullptr: not wanted of this job
   float dots[Cfg::kWarps][3];
 };
 
@@ -255,15 +255,14 @@ __device__ __forceinline__ void load_values(ValueFragment<Cfg>& c, SharedStorage
                                             const Lane& me) {
   const auto tile = tile::blocks_units_first(smem.c[stage], 0, 2 * me.warp, me.lane);
 #pragma unroll
-  for (int k = 0; k < Cfg::kChunk / 16; ++k)
-    ptx::ldmatrix_x4_trans(c[k], tile.at(k * 16, 0));
+  for (int k = 0; k < Cfg::kChunk / 16; ++k) ptx::ldmatrix_x4_trans(c[k], tile.at(k * 16, 0));
 }
 
 // Z = lambda^rows Z + b^T diag(update lambda^n) c, n = rows - 1 - j (reverse: j + 1). The weights go onto c, of
 // which a warp holds 16 columns, and not onto b, of which it would have to scale all.
 template <class Cfg>
-__device__ __forceinline__ void update_state(StateFragment<Cfg>& z, SharedStorage<Cfg>& smem, int stage,
-                                             float factor, bool reverse, int rows, const Lane& me) {
+__device__ __forceinline__ void update_state(StateFragment<Cfg>& z, SharedStorage<Cfg>& smem, int stage, float factor,
+                                             bool reverse, int rows, const Lane& me) {
   using T = typename Cfg::T;
   const float decay = smem.decay.ascending()[rows];
 #pragma unroll
@@ -388,8 +387,8 @@ __device__ __forceinline__ float sum_of_warp(float value) {
 // Chunk by chunk, two stages:   copy(i+1) ...................................................
 //                               | scores(i), inter(i) | barrier | intra(i), out(i), update(i) | barrier
 template <class Cfg, bool kStateOnly>
-__global__ void __launch_bounds__(Cfg::kThreads, 1) la2_trilinear_sm80_kernel(const __grid_constant__ TrilinearParams p,
-                                                                           int num_slices) {
+__global__ void __launch_bounds__(Cfg::kThreads, 1)
+    la2_trilinear_sm80_kernel(const __grid_constant__ TrilinearParams p, int num_slices) {
   using T = typename Cfg::T;
   extern __shared__ __align__(128) char raw[];
   SharedStorage<Cfg>& smem = *reinterpret_cast<SharedStorage<Cfg>*>(raw);
@@ -445,11 +444,10 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1) la2_trilinear_sm80_kernel(co
                                                                 a + row * job.a.stride_n, job.a.stride_n, rows,
                                                                 job.dim_a, threadIdx.x);
     tile::copy_rows_async<typename Cfg::TileA, Cfg::kThreads>(tile::shared_address(smem.b[stage].data),
-                                                              b + row * job.b.stride_n, job.b.stride_n, rows,
-                                                              job.dim_a, threadIdx.x);
-    tile::copy_rows_async<typename Cfg::TileC, Cfg::kThreads>(tile::shared_address(smem.c[stage].data),
-                                                              c + row * job.c.stride_n, job.c.stride_n, rows, cols,
+                                                              b + row * job.b.stride_n, job.b.stride_n, rows, job.dim_a,
                                                               threadIdx.x);
+    tile::copy_rows_async<typename Cfg::TileC, Cfg::kThreads>(
+        tile::shared_address(smem.c[stage].data), c + row * job.c.stride_n, job.c.stride_n, rows, cols, threadIdx.x);
   };
   if (num_chunks > 0) start_copy(0);
 

@@ -40,8 +40,9 @@ struct BlockAddress {
   }
 };
 
-// For ldmatrix.x4 of 16x16 blocks. The four matrices in the order of the A operand: (rows 0-7, unit 0), (rows 8-15, unit 0), (rows 0-7, unit 1),
-// (rows 8-15, unit 1). Blocks are counted from (row, unit), a multiple of 16 and an even number.
+// For ldmatrix.x4 of 16x16 blocks. The four matrices in the order of the A operand: (rows 0-7, unit 0), (rows 8-15,
+// unit 0), (rows 0-7, unit 1), (rows 8-15, unit 1). Blocks are counted from (row, unit), a multiple of 16 and an even
+// number.
 template <class Tile>
 __device__ __forceinline__ BlockAddress<Tile> blocks_rows_first(const Tile& tile, int row, int unit, int lane) {
   return {shared_address(tile.data) + Tile::offset(row + (lane & 15), unit + (lane >> 4))};
@@ -49,8 +50,7 @@ __device__ __forceinline__ BlockAddress<Tile> blocks_rows_first(const Tile& tile
 // The units first: (rows 0-7, unit 0), (rows 0-7, unit 1), (rows 8-15, unit 0), (rows 8-15, unit 1).
 template <class Tile>
 __device__ __forceinline__ BlockAddress<Tile> blocks_units_first(const Tile& tile, int row, int unit, int lane) {
-  return {shared_address(tile.data) +
-          Tile::offset(row + (lane & 7) + ((lane >> 4) << 3), unit + ((lane >> 3) & 1))};
+  return {shared_address(tile.data) + Tile::offset(row + (lane & 7) + ((lane >> 4) << 3), unit + ((lane >> 3) & 1))};
 }
 
 // Starts the copy of rows [0, rows) and columns [0, cols) of a row-strided matrix; the rest of the tile becomes

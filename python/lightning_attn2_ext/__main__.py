@@ -1,0 +1,40 @@
+"""``python -m lightning_attn2_ext``: demo, info, check and bench."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+_USAGE = """usage: python -m lightning_attn2_ext <command> [options]
+
+  demo        train, measure and sample a small language model on this machine
+  info        what is installed, what was loaded and what would run
+  check       test this installation on every device and dtype
+  bench cpu   time the operators on the CPU beside softmax attention
+  bench ops   time the operators on a CUDA device beside other packages
+
+Each takes --help."""
+
+_COMMANDS = {
+    ("demo",): "demo.cli",
+    ("info",): "info",
+    ("check",): "check",
+    ("bench", "cpu"): "bench.cpu",
+    ("bench", "ops"): "bench.ops",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_USAGE)
+        return 0 if argv else 2
+    for words, module in _COMMANDS.items():
+        if tuple(argv[: len(words)]) == words:
+            return import_module(f".{module}", __package__).main(argv[len(words) :])
+    print(f"unknown command: {' '.join(argv[:2])}\n\n{_USAGE}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

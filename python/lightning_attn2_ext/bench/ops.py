@@ -1,0 +1,250 @@
+"""``bench ops``: forward and backward on a CUDA device beside the packages that people use today.
+
+Times are medians by CUDA events with L2 rewritten before each call; the backward is the autograd backward alone, the
+graph retained, for everybody alike. "of floor" is the time in which a copy moves the bytes that must move, over the
+time taken: 100 % would be a kernel that is only memory traffic, and no more of it than there must be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+import torch
+from torch.nn import functional as F
+
+from .. import info, slopes, testing
+from . import floor, gate, peers, report
+from .timing import CudaClock
+
+#: (B, H, N) with D = E = 128.
+SHAPES = ((1, 8, 8192), (1, 64, 8192), (4, 32, 4096), (8, 32, 2048), (1, 16, 131072))
+#: (H, number of sequences, tokens): one packed call.
+PACKED = ((64, 20, 32768), (8, 20, 32768))
+QUICK_SHAPES = ((1, 8, 2048), (2, 32, 1024))
+SOFTMAX_UP_TO = 8192
+
+
+def _inputs(b: int, h: int, n: int, d: int, e: int, dtype, device, seed: int = 0):
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(dim):
+        return torch.randn(b, h, n, dim, generator=generator, device=device, dtype=torch.float32)
+
+    return F.silu(normal(d)).to(dtype), F.silu(normal(d)).to(dtype), normal(e).to(dtype), normal(e).to(dtype)
+
+
+def run_peer(peer: peers.Peer, inputs, slope, clock, bytes_per_s: float, repeats: int) -> list[dict]:
+    """Checks and times one peer on one shape: a result for the forward and one for the backward."""
+    q, k, v, grad_out = inputs
+    peer.prepare(slope)
+    own = [peer.lay_out(x) for x in inputs]
+    leaves = [x.detach().requires_grad_() for x in own[:3]]
+    out = peer.forward(*leaves)
+
+    def backward():
+        return torch.autograd.grad(out, leaves, own[3], retain_graph=True)
+
+    def forward():
+        with torch.no_grad():
+            return peer.forward(*own[:3])
+
+    values = {"out": peer.head_major(out.detach())}
+    if peer.softmax:
+        verdicts = dict.fromkeys(("forward", "backward"), gate.check_softmax(values["out"], q, k, v))
+    else:
+        margin = testing.MARGIN if isinstance(peer, peers.Ours) else gate.PEER_MARGIN
+        grads = {n: peer.head_major(g) for n, g in zip(("dq", "dk", "dv"), backward(), strict=True)}
+        whole = gate.check({**values, **grads}, q, k, v, slope, grad_out, margin)
+        verdicts = {
+            "forward": gate.Verdict({"out": whole.errors["out"]}, {"out": whole.bounds["out"]}),
+            "backward": gate.Verdict(
+                {n: e for n, e in whole.errors.items() if n != "out"},
+                {n: e for n, e in whole.bounds.items() if n != "out"},
+            ),
+        }
+        del grads
+    del values
+    moved = {"forward": floor.forward_bytes(q, v), "backward": floor.backward_bytes(q, v)}
+    results = []
+    for what, call in (("forward", forward), ("backward", backward)):
+        verdict = verdicts[what]
+        milliseconds = clock.median(call, repeats) if verdict.passed else None
+        least = moved[what] / bytes_per_s * 1e3
+        results.append(
+            {
+                "what": what,
+                "op": peer.name,
+                "ms": milliseconds,
+                "floor_ms": least,
+                "of_floor": least / milliseconds if milliseconds else None,
+                "errors": verdict.errors,
+                "bounds": verdict.bounds,
+                "passed": verdict.passed,
+            }
+        )
+        if not verdict.passed:
+            print(f"WRONG RESULT, not timed: {peer.name} {what}: {verdict}")
+    return results
+
+
+def run_packed(peer: peers.Peer, h: int, num_seqs: int, tokens: int, d: int, dtype, clock, bytes_per_s, repeats):
+    """The forward with final states over sequences of unlike lengths in one call."""
+    generator = torch.Generator().manual_seed(num_seqs)
+    cuts = torch.randperm(tokens - 1, generator=generator)[: num_seqs - 1].sort().values + 1
+    edges = [0, *cuts.tolist(), tokens]
+    cu_seqlens = torch.tensor(edges, dtype=torch.int32, device=clock.device)
+    q, k, v, _ = _inputs(1, h, tokens, d, d, dtype, clock.device)
+    slope = slopes.minimax(h, 0, 80, device=clock.device)
+    peer.prepare(slope)
+    own = [peer.lay_out(x) for x in (q, k, v)]
+
+    def call():
+        with torch.no_grad():
+            return peer.packed(*own, cu_seqlens)
+
+    out, state = call()
+    out = peer.head_major(out)
+    margin = testing.MARGIN if isinstance(peer, peers.Ours) else gate.PEER_MARGIN
+    limits = gate.derived_bounds(q, k, v, slope, None, margin)
+    difference = size = 0.0
+    for a, b in zip(edges[:-1], edges[1:], strict=True):
+        want = gate.exact(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], slope)["out"]
+        difference += (out[:, :, a:b].double() - want).square().sum().item()
+        size += want.square().sum().item()
+    verdict = gate.Verdict({"out": (difference / size) ** 0.5}, limits)
+    milliseconds = clock.median(call, repeats) if verdict.passed else None
+    least = (floor.forward_bytes(q, v) + state.numel() * state.element_size()) / bytes_per_s * 1e3
+    if not verdict.passed:
+        print(f"WRONG RESULT, not timed: {peer.name} packed: {verdict}")
+    return {
+        "what": "packed forward",
+        "op": peer.name,
+        "ms": milliseconds,
+        "floor_ms": least,
+        "of_floor": least / milliseconds if milliseconds else None,
+        "errors": verdict.errors,
+        "bounds": verdict.bounds,
+        "passed": verdict.passed,
+    }
+
+
+def tables(results: list[dict]) -> str:
+    parts = []
+    for what in ("forward", "backward", "packed forward"):
+        rows = []
+        for r in results:
+            if r["what"] != what:
+                continue
+            if r.get("skipped"):
+                shown = [r["skipped"], "", ""]
+            elif not r["passed"]:
+                shown = ["WRONG", "-", f"{max(r['errors'].values()):.1e}"]
+            else:
+                shown = [f"{r['ms']:.3f}", f"{100 * r['of_floor']:.0f} %", f"{max(r['errors'].values()):.1e}"]
+            rows.append([f"{r['shape']}", r["op"], f"{r['floor_ms']:.3f}" if "floor_ms" in r else "", *shown])
+        if rows:
+            parts.append(report.table([what, "op", "floor ms", "ms", "of floor", "error"], rows, texts=2))
+    return "\n\n".join(parts)
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    try:
+        values = tuple(int(x) for x in text.split(","))
+    except ValueError:
+        values = ()
+    if len(values) not in (3, 4, 5):
+        raise argparse.ArgumentTypeError(f"{text!r}, expected B,H,N or B,H,N,D or B,H,N,D,E")
+    return values
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m lightning_attn2_ext bench ops", description=__doc__)
+    parser.add_argument("--shapes", nargs="+", type=_shape, metavar="B,H,N[,D[,E]]", help="instead of the usual ones")
+    parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--only", nargs="+", metavar="OP", help="only operators whose name contains one of these")
+    parser.add_argument("--family", help="force a plan (sets LA2_PLAN): sm80, or pairs such as slice=64,segments=4")
+    parser.add_argument("--repeats", type=int, default=20, help="timed calls of which the median is shown (default 20)")
+    parser.add_argument("--json", metavar="OUT", help="write the results there too")
+    parser.add_argument("--quick", action="store_true", help="two small shapes: to see that it runs")
+    arguments = parser.parse_args(argv)
+    if arguments.family:
+        os.environ["LA2_PLAN"] = arguments.family if "=" in arguments.family else f"family={arguments.family}"
+    if not torch.cuda.is_available():
+        print("bench ops needs a CUDA device, and torch sees none; `bench cpu` measures this machine")
+        return 2
+    device = torch.device(arguments.device)
+    device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+    torch.cuda.set_device(device)
+    facts = report.environment()
+    facts["la2_plan"] = os.environ.get("LA2_PLAN")
+    clock = CudaClock(device)
+    bytes_per_s = floor.copy_bandwidth(clock)
+    facts["copy_gb_per_s"] = bytes_per_s / 1e9
+    print(report.describe(facts))
+    print(f"copy: {bytes_per_s / 1e9:.0f} GB/s read + written; {arguments.dtype}, medians of {arguments.repeats}")
+
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[arguments.dtype]
+    entries, facts["peers"] = [], {}
+    for cls in peers.PEERS:
+        peer = cls()
+        if arguments.only and not any(part in peer.name for part in arguments.only):
+            continue
+        reason = peer.missing()
+        if reason is None and peer.softmax and dtype == torch.float32:
+            reason = "takes bf16 and fp16 only"
+        facts["peers"][peer.name] = reason or peer.version() or "present"
+        if reason:
+            print(f"skipped: {peer.name}: {reason}")
+        else:
+            entries.append(peer)
+    shapes = arguments.shapes or (QUICK_SHAPES if arguments.quick else SHAPES)
+    results: list[dict] = []
+    for shape in shapes:
+        b, h, n, d, e = (*shape, *((128, 128) if len(shape) == 3 else (shape[-1],) if len(shape) == 4 else ()))
+        label = f"{b},{h},{n},{d}" + (f",{e}" if e != d else "")
+        problem = f"{b},{h},{n},{d},{e},{arguments.dtype}"
+        plan = [info.plan_line(p, info.device_name(device)) for p in (problem, problem + ",backward")]
+        print("", *plan, sep="\n", flush=True)
+        slope = slopes.minimax(h, 0, 80, device=device)
+        inputs = _inputs(b, h, n, d, e, dtype, device)
+        for peer in entries:
+            if peer.softmax and n > SOFTMAX_UP_TO:
+                continue
+            try:
+                found = run_peer(peer, inputs, slope, clock, bytes_per_s, arguments.repeats)
+            except Exception as error:  # one operator that cannot do a shape must not end the run
+                torch.cuda.synchronize(device)
+                message = f"{type(error).__name__}: {error}".splitlines()[0]
+                print(f"failed: {peer.name}: {message}")
+                found = [
+                    {"what": w, "op": peer.name, "passed": not isinstance(peer, peers.Ours), "skipped": "failed"}
+                    | {"error": message}
+                    for w in ("forward", "backward")
+                ]
+            for r in found:
+                results.append({"shape": label, "plan": plan, **r})
+        del inputs
+        torch.cuda.empty_cache()
+    if not arguments.shapes:
+        packed = ((8, 5, 2048),) if arguments.quick else PACKED
+        for h, num_seqs, tokens in packed:
+            label = f"{num_seqs} seqs, {tokens}, H {h}"
+            for peer in entries:
+                if not peer.has_packed:
+                    continue
+                try:
+                    found = run_packed(peer, h, num_seqs, tokens, 128, dtype, clock, bytes_per_s, arguments.repeats)
+                except Exception as error:
+                    torch.cuda.synchronize(device)
+                    message = f"{type(error).__name__}: {error}".splitlines()[0]
+                    print(f"failed: {peer.name}: packed: {message}")
+                    passed = not isinstance(peer, peers.Ours)
+                    found = {"what": "packed forward", "op": peer.name, "passed": passed, "skipped": "failed"}
+                    found["error"] = message
+                results.append({"shape": label, **found})
+    print("\n" + tables(results))
+    if arguments.json:
+        report.write_json(arguments.json, "ops", facts, results)
+    return 0 if all(r["passed"] for r in results if r["op"].startswith("la2")) else 1

@@ -1,0 +1,67 @@
+"""Medians of times that were taken fairly: interleaved, on inputs that the call before did not have."""
+
+from __future__ import annotations
+
+import ctypes
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+#: Rewritten between two timed calls on a GPU. Larger than any L2 (H200: 50 MiB), and so large that the host is
+#: done queueing the timed call before the device is done writing: launch costs of the host stay out of device times.
+FLUSH_BYTES = 1 << 30
+
+
+def keep_freed_memory() -> bool:
+    """Makes glibc's malloc keep what is freed, as allocators for training do: otherwise every tensor of more than 32 MB
+    comes from the system anew, and its zeroing of pages is charged to the call that writes them first. False
+    where there is no such malloc."""
+    m_trim_threshold, m_mmap_max = -1, -4  # <malloc.h>
+    try:
+        libc = ctypes.CDLL(None)
+        return bool(libc.mallopt(m_mmap_max, 0)) and bool(libc.mallopt(m_trim_threshold, 2**31 - 1))
+    except (OSError, AttributeError):
+        return False
+
+
+def cpu_medians(
+    calls: dict[str, Callable], make_inputs: Callable[[int], object], repeats: int, warmup: int = 1
+) -> dict[str, float]:
+    """Median seconds of each call, in rounds: every round makes new inputs and gives them to every call in turn."""
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    for round_idx in range(warmup + repeats):
+        inputs = make_inputs(round_idx)
+        for name, call in calls.items():
+            start = time.perf_counter()
+            result = call(inputs)
+            seconds = time.perf_counter() - start
+            del result
+            if round_idx >= warmup:
+                taken[name].append(seconds)
+    return {name: statistics.median(values) for name, values in taken.items()}
+
+
+class CudaClock:
+    """Median milliseconds of a call by CUDA events, its inputs no longer in L2."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
+
+    def median(self, call: Callable[[], object], repeats: int = 20, warmup: int = 3) -> float:
+        for _ in range(warmup):
+            call()
+        pairs = []
+        for _ in range(repeats):
+            self.flush.zero_()
+            self.flush.zero_()
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            result = call()
+            stop.record()
+            del result
+            pairs.append((start, stop))
+        torch.cuda.synchronize(self.device)
+        return statistics.median(start.elapsed_time(stop) for start, stop in pairs)

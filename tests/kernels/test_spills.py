@@ -1,0 +1,150 @@
+"""What the CUDA compiler said of each kernel, and whether every kernel that the planner may ask for was built."""
+
+import itertools
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+BUILDS = ROOT / "build"
+
+ENTRY = re.compile(r"Compiling entry function '([^']+)' for '([^']+)'")
+SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
+
+
+def spills(log: str) -> dict[tuple[str, str], int]:
+    """{(kernel, architecture): bytes spilled} of one ptxas log. A kernel whose line is missing counts as -1."""
+    found, current = {}, None
+    for line in log.splitlines():
+        if entry := ENTRY.search(line):
+            current = entry.groups()
+            found[current] = -1
+        elif (amounts := SPILLS.search(line)) and current is not None:
+            found[current] = max(found[current], 0) + sum(map(int, amounts.groups()))
+            current = None  # what follows belongs to functions that were not inlined, or to the next kernel
+    return found
+
+
+def newest_build() -> Path | None:
+    """The build folder with the newest log."""
+    logs = max(BUILDS.rglob("*.ptxas.log"), key=lambda path: path.stat().st_mtime, default=None)
+    return next((p for p in logs.parents if (p / "CMakeCache.txt").exists()), None) if logs else None
+
+
+def current_logs(build: Path) -> list[Path]:
+    """Logs of objects that the build still makes: one left over from a renamed instance says nothing."""
+    rules = (build / "build.ninja").read_text()
+    return [
+        log for log in build.rglob("*.ptxas.log") if str(log.relative_to(build)).removesuffix(".ptxas.log") in rules
+    ]
+
+
+def test_no_kernel_spills():
+    build = newest_build()
+    if build is None:
+        pytest.skip("no *.ptxas.log under build/: configure there with -DLA2_PTXAS_LOG=ON and build")
+    logs = current_logs(build)
+    kernels = {}
+    for log in logs:
+        for kernel, amount in spills(log.read_text()).items():
+            kernels[(*kernel, log.name)] = amount
+    families = {name for kernel, *_ in kernels for name in ("sm80", "simt") if f"_{name}_kernel" in kernel}
+    assert families == {"sm80", "simt"}, f"{len(logs)} logs in {build} hold kernels of {families or 'no family'}"
+    assert all(amount == 0 for amount in kernels.values()), "\n".join(
+        f"{kernel} for {arch}: " + (f"{amount} bytes" if amount > 0 else "no report")
+        for (kernel, arch, _), amount in sorted(kernels.items())
+        if amount
+    )
+
+
+LOG = """ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '_Z1aPf' for 'sm_80'
+ptxas info    : Function properties for _Z1aPf
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 213 registers, used 1 barriers
+ptxas info    : Compiling entry function '_Z1bPf' for 'sm_90'
+ptxas info    : Function properties for _Z1bPf
+    16 bytes stack frame, 24 bytes spill stores, 8 bytes spill loads
+ptxas info    : Compiling entry function '_Z1cPf' for 'sm_90'
+"""
+
+
+def test_logs_are_understood():
+    assert spills(LOG) == {("_Z1aPf", "sm_80"): 0, ("_Z1bPf", "sm_90"): 32, ("_Z1cPf", "sm_90"): -1}
+
+
+# ---- instances
+
+
+def configured_instances(text: str) -> set[tuple[str, int, int, bool, bool]]:
+    """(dtype, tile_a, slice, split, slope_grad) of every LA2_INSTANCE line."""
+    rows = re.findall(r"^LA2_INSTANCE\((\w+), (\w+), (\d+), (\d+), (\d), (\d)\)$", text, re.MULTILINE)
+    assert len(rows) == len(re.findall(r"^LA2_INSTANCE\(", text, re.MULTILINE)), "a line of another form"
+    return {(dtype, int(a), int(s), split == "1", slope == "1") for _, dtype, a, s, split, slope in rows}
+
+
+@pytest.fixture(scope="module")
+def instances(tmp_path_factory):
+    """The list as CMakeLists.txt writes it. Of the project only the functions up to the options are run: the rest
+    needs a torch, and a CUDA compiler for what is asked here in vain."""
+    folder = tmp_path_factory.mktemp("la2_instances")
+    head, options, _ = (ROOT / "CMakeLists.txt").read_text().partition("# ==== Options")
+    assert options, "CMakeLists.txt has no section of options"
+    (folder / "csrc").symlink_to(ROOT / "csrc")
+    (folder / "CMakeLists.txt").write_text(re.sub(r"LANGUAGES \w+", "LANGUAGES NONE", head))
+    done = subprocess.run(["cmake", "-S", folder, "-B", folder / "build"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return configured_instances((folder / "build/instances/sm80/launch_instance.inc").read_text())
+
+
+def planner_shapes() -> set[tuple[int, int]]:
+    """(tile_a, slice) of the planner's table for the sm80 family."""
+    source = (ROOT / "csrc/core/plan.cpp").read_text()
+    table = re.search(r"TileCost kSm80Tiles\[\] = \{(.*?)\n\};", source, re.DOTALL)
+    assert table, "csrc/core/plan.cpp has no table kSm80Tiles"
+    shapes = {(int(a), int(s)) for a, s in re.findall(r"\{\{(\d+), (\d+), \d+\}", table[1])}
+    assert shapes
+    return shapes
+
+
+KINDS = ((False, False), (True, False), (True, True))  # (split, slope_grad): out, gradients, with the slope's
+
+
+def test_every_shape_of_the_planner_is_built_and_no_other(instances):
+    wanted = {
+        (dtype, *shape, *kind) for dtype, shape, kind in itertools.product(("bf16", "fp16"), planner_shapes(), KINDS)
+    }
+    assert instances == wanted, f"missing: {sorted(wanted - instances)}; in vain: {sorted(instances - wanted)}"
+
+
+@pytest.fixture(scope="module")
+def plan_line():
+    """Writes the plan for a problem on a GPU, as a user would ask for it."""
+    import lightning_attn2_ext  # noqa: F401 - loads the library
+    from lightning_attn2_ext import info
+
+    def line(problem, device):
+        text = info.plan_line(problem, device)
+        assert not text.startswith("no plan"), text
+        return text
+
+    return line
+
+
+@pytest.mark.parametrize("device", ("sm_80x108", "sm_86x84", "sm_89x128", "sm_90x132", "sm_100x148", "sm_120x170"))
+def test_plans_name_instances_that_exist(plan_line, instances, device):
+    """What the planner really picks, over head dims, lengths and GPUs."""
+    dims = (8, 64, 72, 128, 136, 256)
+    problems = itertools.product(("bf16", "fp16"), dims, dims, (1, 4096, 262144), ("", ",backward", ",backward,dslope"))
+    for dtype, d, e, length, what in problems:
+        line = plan_line(f"1,8,{length},{d},{e},{dtype}{what}", device)
+        tiles = re.findall(r"tile (\d+) slice (\d+) chunk (\d+)", line)
+        assert tiles, line
+        for i, (tile_a, size, _) in enumerate(tiles):
+            is_gradient = what != ""
+            needed = (dtype, int(tile_a), int(size), is_gradient, "dslope" in what and i == 0)
+            assert needed in instances, f"{line} needs {needed}"
+            if i == 0:  # the state pass
+                assert (*needed[:3], is_gradient, False) in instances, f"{line} needs {needed} without dots"
