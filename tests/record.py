@@ -1,6 +1,6 @@
 """Runs what only a GPU can show and writes down the outcome, with what is needed to repeat it.
 
-    python tests/record.py [--out tests/results] [--suite] [--sanitizer] [--bench]
+    python tests/record.py [--out tests/results] [--suite] [--sanitizer] [--bench] [--jobs N]
 
 --suite: the tests marked gpu. --sanitizer: compute-sanitizer's four tools over those marked sanitize. --bench:
 `python -m lightning_attn2_ext bench`. None of the three: suite and sanitizer. Start it from the repository's root, with
@@ -100,12 +100,14 @@ def pytest_command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "pytest", *arguments]
 
 
-def run_suite(paths: Sequence[str]) -> dict:
+def run_suite(paths: Sequence[str], jobs: int = 1) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "junit.xml"
-        status, _, seconds = run(
-            pytest_command("-m", "gpu", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *paths)
-        )
+        options = ["-m", "gpu", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
+        # The references run on the CPU: with a pool of threads for each worker they would stand in each other's way.
+        environment = {"OMP_NUM_THREADS": "1"} if jobs > 1 else {}
+        workers = ["-n", str(jobs)] if jobs > 1 else []
+        status, _, seconds = run(pytest_command(*options, *workers, *paths), **environment)
         counts = count_tests(report.read_text()) if report.exists() else count_tests("<none/>")
     return judge_suite(status, counts) | {"seconds": round(seconds, 1)}
 
@@ -235,6 +237,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", default="tests/results", help="folder of the results (default: tests/results)")
     for part in ("suite", "sanitizer", "bench"):
         parser.add_argument(f"--{part}", action="store_true")
+    parser.add_argument("--jobs", type=int, default=1, help="processes for the suite (pytest-xdist)")
     parser.add_argument("paths", nargs="*", help=f"for pytest (default: {' '.join(SUITE)}, sanitizer: {SANITIZED})")
     arguments = parser.parse_args(argv)
     wants = {part for part in ("suite", "sanitizer", "bench") if getattr(arguments, part)} or {"suite", "sanitizer"}
@@ -253,7 +256,7 @@ def main(argv: list[str] | None = None) -> int:
 
     # After every part: a run that is cut off leaves what it has.
     if "suite" in wants:
-        record["suite"] = run_suite(arguments.paths or SUITE)
+        record["suite"] = run_suite(arguments.paths or SUITE, arguments.jobs)
         write()
     if "sanitizer" in wants:
         sanitizer = shutil.which("compute-sanitizer")
