@@ -70,7 +70,9 @@ def sweep(lengths, softmax_up_to: int, repeats: int, operators=None) -> list[dic
     slope = slopes.minimax(HEADS, 0, 12)
     operators = operators or {OURS: lambda q, k, v: torch.ops.la2.forward(q, k, v, slope), SOFTMAX: _softmax}
     results: list[dict] = []
-    for length in lengths:
+    # The longest first: it makes the process as large as it will be, and memory that a virtual machine hands out for
+    # the first time is slow to touch.
+    for length in sorted(lengths, reverse=True):
         here = {n: f for n, f in operators.items() if n != SOFTMAX or length <= softmax_up_to}
         for kind in ("forward", "forward + backward"):
             backward = kind != "forward"
@@ -88,7 +90,7 @@ def sweep(lengths, softmax_up_to: int, repeats: int, operators=None) -> list[dic
                     return function(*inputs[:3])
 
             calls = {n: lambda x, f=f: call(f, x) for n, f in here.items() if verdicts[n].passed}
-            taken = timing.cpu_medians(calls, lambda i, n=length: _inputs(n, seed=i), repeats)
+            taken = timing.cpu_medians(calls, lambda i, n=length: _inputs(n, seed=i), repeats, warmup=2)
             for name in here:
                 _row(results, kind, name, length, taken.get(name, float("nan")), verdicts[name], repeats=repeats)
     return results
