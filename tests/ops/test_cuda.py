@@ -650,6 +650,8 @@ def test_time_to_the_first_result():
 
 TINY = [(BF16, dims, size) for dims in ((64, 64), (128, 128), (64, 128)) for size in (64, 128)]
 TINY += [(BF16, (256, 256), 64), (BF16, (64, 256), 64), (FP16, (128, 128), 64), (FP16, (128, 128), 128)]
+# 3 slices of D beside 4 of E in one launch: the slope gradient's dots are laid out by D's.
+TINY += [(BF16, (144, 256), 64)]
 TINY += [(FP16, (64, 64), 64), (FP16, (64, 64), 128), (FP16, (256, 64), 64)]
 TINY += [(FP32, (64, 64), 64), (FP32, (40, 128), 64), (FP32, (256, 24), 64)]
 TINY += [(FP64, (64, 64), 32), (FP64, (40, 128), 32), (FP64, (256, 24), 32)]

@@ -420,6 +420,8 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
   T* out = static_cast<T*>(job.out.data) + unit.batch * job.out.stride_b + head * job.out.stride_h +
            unit.row_begin * job.out.stride_n + first_col;
 
+  // The dots count the slices of their own job; a launch has as many as its widest job.
+  const int job_slices = (job.dim_c + Cfg::kSlice - 1) / Cfg::kSlice;
   if constexpr (Cfg::kSlopeGrad) {
     if (threadIdx.x == 0) {  // kept in shared memory: the registers are full
       const int64_t slot = simt::first_slot_of_unit(unit, p.segment_len, Cfg::kChunk);
@@ -427,7 +429,7 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
                              unit.row_begin * job.x.stride_n + first_col;
       smem.slope_grad[0].chunk_dots =
           job.dots == nullptr ? nullptr
-                              : static_cast<float*>(job.dots) + ((slot * heads + head) * num_slices + slice) * 3;
+                              : static_cast<float*>(job.dots) + ((slot * heads + head) * job_slices + slice) * 3;
     }
   }
 
@@ -517,7 +519,7 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
       if (threadIdx.x < 3) {
         float sum = 0.f;
         for (int w = 0; w < Cfg::kWarps; ++w) sum += smem.slope_grad[0].dots[w][threadIdx.x];
-        smem.slope_grad[0].chunk_dots[chunk * heads * num_slices * 3 + threadIdx.x] = sum;
+        smem.slope_grad[0].chunk_dots[chunk * heads * job_slices * 3 + threadIdx.x] = sum;
       }
     }
   }
