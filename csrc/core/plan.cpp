@@ -7,17 +7,12 @@
 #include <sstream>
 #include <vector>
 
+#include "plan_parts.h"
+
 namespace la2 {
 namespace {
 
 constexpr int64_t kMaxHeadDim = 256;
-constexpr int64_t kSegmentStep = 64;  // every chunk size divides it
-constexpr int64_t kMinSegment = 256;  // shorter ones spend their time on the states between them
-constexpr int64_t kMaxSegments = 64;  // each folds the states of all before it
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-int tile_a_for(int64_t dim) { return dim <= 64 ? 64 : dim <= 128 ? 128 : 256; }
 
 // What one chunk of one block takes, in microseconds on one H200 at 1.98 GHz (csrc/kernels/DESIGN.md has the runs):
 // alone on its SM, and per block where blocks share it. Other GPUs rank the plans alike.
@@ -50,8 +45,6 @@ constexpr TileCost kSimtDoubleTiles[] = {
 };
 constexpr double kLaunchUs = 3.0;  // one more kernel on the stream
 constexpr double kCutUs = 9.0;     // the state pass and the combine pass, before their work
-constexpr double kWorthwhile = 0.97;
-constexpr double kCombineGBs = 2500;  // of local states read and written
 
 struct Job {
   int64_t dim_a, dim_c;
@@ -109,12 +102,9 @@ const char* dtype_text(DType dtype) {
   }
 }
 
-const char* family_text(Family family) { return family == Family::kSimt ? "simt" : "sm80"; }
-
-struct Forced {
-  std::string family;
-  int64_t slice = 0, segments = 0;
-};
+const char* family_text(Family family) {
+  return family == Family::kSimt ? "simt" : family == Family::kSm80 ? "sm80" : "sm90";
+}
 
 Status parse_number(const std::string& key, const std::string& text, int64_t* value) {
   char* end = nullptr;
@@ -132,8 +122,8 @@ Status parse_forced(const std::string& text, Forced* forced) {
     const std::string key = field.substr(0, equals);
     const std::string value = equals == std::string::npos ? "" : field.substr(equals + 1);
     if (key == "family") {
-      if (value != "simt" && value != "sm80")
-        return Status::error("LA2_PLAN: family is '" + value + "', expected simt or sm80");
+      if (value != "simt" && value != "sm80" && value != "sm90")
+        return Status::error("LA2_PLAN: family is '" + value + "', expected simt, sm80 or sm90");
       forced->family = value;
     } else if (key == "slice") {
       if (Status s = parse_number("LA2_PLAN: slice", value, &forced->slice); !s.is_ok()) return s;
@@ -151,14 +141,6 @@ Status check_dim(const char* name, int64_t dim) {
   return Status::error(std::string(name) + " is " + std::to_string(dim) + ", expected a multiple of 8 up to 256");
 }
 
-// Longest sequence possible: packed, all tokens may belong to one.
-int64_t longest(const Problem& p) { return p.length; }
-
-int64_t count_units(const Problem& p, int64_t segment_len) {
-  if (!p.packed) return p.num_seqs * std::max<int64_t>(1, ceil_div(p.length, segment_len));
-  return p.num_seqs + p.length / segment_len;
-}
-
 // The plan with these tiles and this number of segments, and its predicted time.
 Candidate evaluate(const Problem& p, const DeviceProps& device, Family family,
                    const std::vector<const TileCost*>& tiles, const std::vector<std::vector<Job>>& launches,
@@ -168,36 +150,27 @@ Candidate evaluate(const Problem& p, const DeviceProps& device, Family family,
   plan.family = family;
   plan.num_launches = static_cast<int>(launches.size());
   for (size_t i = 0; i < tiles.size(); ++i) plan.tiles[i] = tiles[i]->tile;
-  const int64_t tokens = std::max<int64_t>(longest(p), 1);
-  plan.segment_len = ceil_div(ceil_div(tokens, segments), kSegmentStep) * kSegmentStep;
-  plan.num_segments = ceil_div(tokens, plan.segment_len);
-  plan.num_units = count_units(p, plan.segment_len);
-  const bool cut = plan.num_segments > 1;
-  plan.local_states = cut ? plan.num_units * (p.backward ? 2 : 1) : 0;
+  plan.state_tile = plan.tiles[0];
+  const bool cut = cut_into_segments(p, segments, &plan);
   if (p.slope_grad) {
     const int64_t slots = p.batch * p.length / plan.tiles[0].chunk + p.num_seqs;
     plan.dot_floats = 2 * slots * p.heads * ceil_div(p.dim_k, plan.tiles[0].slice) * 3;
   }
 
-  // Blocks with something to do: packed, as many as the tokens fill, evenly cut.
-  const int64_t busy_units = p.packed ? std::max<int64_t>(1, ceil_div(p.length, plan.segment_len)) : plan.num_units;
-  const int64_t walked = std::min(plan.segment_len, tokens);
+  const int64_t units = busy_units(p, plan), walked = std::min(plan.segment_len, std::max<int64_t>(p.length, 1));
   double us = 0;
   for (size_t i = 0; i < launches.size(); ++i) {
     int64_t blocks = 0, state_blocks = 0;
     for (size_t j = 0; j < launches[i].size(); ++j) {
       const int64_t slices = ceil_div(launches[i][j].dim_c, tiles[i]->tile.slice);
-      blocks += busy_units * p.heads * slices;
-      if (j < 2) state_blocks += busy_units * p.heads * slices;  // dv shares dk's states
+      blocks += units * p.heads * slices;
+      if (j < 2) state_blocks += units * p.heads * slices;  // dv shares dk's states
     }
     us += launch_us(*tiles[i], tiles[i]->main, blocks, walked, device, p.slope_grad, family) *
           (p.backward && family == Family::kSm80 ? kSplitCost : 1.0);
     if (cut && i == 0) us += launch_us(*tiles[i], tiles[i]->state_only, state_blocks, walked, device, false, family);
   }
-  if (cut) {
-    const int64_t bytes = 8 * plan.local_states * p.heads * p.dim_k * p.dim_v;
-    us += kCutUs + static_cast<double>(bytes) / (kCombineGBs * 1e3);
-  }
+  if (cut) us += kCutUs + combine_us(p, plan);
   plan.predicted_us = us;
   candidate.us = us;
   return candidate;
@@ -220,6 +193,11 @@ Status make_plan(const Problem& p, const DeviceProps& device, const std::string&
                          std::to_string(device.compute_capability % 10) + ", expected 8.0 or later");
   if (device.num_sms <= 0) return Status::error("the device has no multiprocessors");
 
+  if (const Status s = plan_sm90(p, device, forced, plan); s.is_ok())
+    return s;
+  else if (forced.family == "sm90")
+    return s;
+
   const Family family = family_for(p.dtype);
   if (!forced.family.empty() && forced.family != family_text(family))
     return Status::error("LA2_PLAN: family " + forced.family + " has no kernels for " + dtype_text(p.dtype) +
@@ -240,13 +218,7 @@ Status make_plan(const Problem& p, const DeviceProps& device, const std::string&
   const int64_t slices[] = {32, 64, 128};
   bool found = false;
   double best = 0;
-  std::vector<int64_t> segment_counts;
-  if (forced.segments > 0) {
-    segment_counts = {forced.segments};
-  } else {
-    const int64_t most = std::min(kMaxSegments, std::max<int64_t>(1, longest(p) / kMinSegment));
-    for (int64_t n = 1; n <= most; n = n < 4 ? n + 1 : n + n / 4) segment_counts.push_back(n);
-  }
+  const std::vector<int64_t> segment_counts = counts_of_segments(p, forced);
   for (const int64_t slice0 : slices) {
     for (const int64_t slice1 : slices) {
       std::vector<const TileCost*> tiles;
@@ -288,8 +260,9 @@ std::string describe(const Problem& p, const DeviceProps& device, const Plan& pl
   if (p.slope_grad) line << " dslope";
   line << " on sm_" << device.compute_capability << 'x' << device.num_sms << ": " << family_text(plan.family);
   for (int i = 0; i < plan.num_launches; ++i)
-    line << (i ? " + " : " ") << "tile " << plan.tiles[i].tile_a << " slice " << plan.tiles[i].slice << " chunk "
-         << plan.tiles[i].chunk;
+    line << (i ? " + " : " ") << (plan.is_fused && i == 0 ? "dk and dv " : "") << "tile " << plan.tiles[i].tile_a
+         << " slice " << plan.tiles[i].slice << " chunk " << plan.tiles[i].chunk
+         << (plan.clusters[i] > 1 ? " cluster " + std::to_string(plan.clusters[i]) : "");
   line << ", " << plan.num_segments << (plan.num_segments == 1 ? " segment of " : " segments of ") << plan.segment_len
        << ", " << plan.num_units << " units";
   char number[64];

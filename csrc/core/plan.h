@@ -28,25 +28,32 @@ struct DeviceProps {
   int64_t shared_per_sm = 0;
 };
 
-// simt: fp32 and fp64 without matrix units. sm80: bf16 and fp16 through mma.sync.
-enum class Family { kSimt, kSm80 };
+// simt: fp32 and fp64 without matrix units. sm80: bf16 and fp16 through mma.sync. sm90: the same through wgmma and the
+// copy engine, on compute capability 9.0.
+enum class Family { kSimt, kSm80, kSm90 };
 
 // forward: launch 0 computes out. backward: launch 0 computes dq and dk (Da = E, Dc = D) and, where the tiles
-// agree, dv (Da = D, Dc = E); else launch 1 computes dv.
+// agree, dv (Da = D, Dc = E); else launch 1 computes dv. sm90 backward: launch 0 computes dk and dv together, which
+// share a state, and launch 1 dq, if is_fused; else as the others, always in two launches.
 struct Plan {
   Family family = Family::kSm80;
   int num_launches = 0;
   Tile tiles[2];
-  int64_t segment_len = 0;   // tokens, a multiple of every chunk; one segment: at least the longest sequence
-  int64_t num_segments = 1;  // of the longest possible sequence
-  int64_t num_units = 0;     // bound on segments over all sequences
-  int64_t local_states = 0;  // of [H, D, E] in the workspace (0: one segment)
-  int64_t dot_floats = 0;    // slope gradient: elements of the workspace for dq's and dk's dots
+  bool is_fused = false;
+  Tile state_tile;           // of the state pass
+  int clusters[2] = {1, 1};  // sm90: neighbouring slices of a head that share their copies of a and b, by launch
+  int state_cluster = 1;
+  int64_t max_blocks[2] = {0, 0};  // sm90: of a job; they take turns at the items. 0: a block for each item
+  int64_t segment_len = 0;         // tokens, a multiple of every chunk; one segment: at least the longest sequence
+  int64_t num_segments = 1;        // of the longest possible sequence
+  int64_t num_units = 0;           // bound on segments over all sequences
+  int64_t local_states = 0;        // of [H, D, E] in the workspace (0: one segment)
+  int64_t dot_floats = 0;          // slope gradient: elements of the workspace for dq's and dk's dots
   double predicted_us = 0;
 };
 
 // Fails with a sentence where no kernel serves the problem. `forced` is the value of LA2_PLAN: a comma-separated list
-// of key=value out of family=simt|sm80, slice=64|128, segments=N; empty: free choice.
+// of key=value out of family=simt|sm80|sm90, slice=64|128, segments=N; empty: free choice.
 Status make_plan(const Problem& problem, const DeviceProps& device, const std::string& forced, Plan* plan);
 
 // One line for people: the problem, the device, the plan.

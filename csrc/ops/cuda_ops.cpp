@@ -6,6 +6,7 @@
 #include "../core/plan.h"
 #include "../kernels/simt/launch.h"
 #include "../kernels/sm80/launch.h"
+#include "../kernels/sm90/launch.h"
 #include "arguments.h"
 
 // torch/csrc/inductor/aoti_torch/c/shim.h hides it where torch was built without CUDA.
@@ -66,25 +67,47 @@ Plan plan_for(const Attention& args, bool backward, bool slope_grad, const Devic
   return plan;
 }
 
+// Launch `which` of the plan, on the jobs in params.
 void launch(const Attention& args, const Plan& plan, int which, const TrilinearParams& params, bool gradients,
-            bool slope_grad, bool state_only, cudaStream_t stream) {
+            bool slope_grad, cudaStream_t stream) {
+  const Tile& tile = plan.tiles[which];
   cudaError_t error;
-  if (plan.family == Family::kSm80) {
-    const Tile& tile = plan.tiles[which];
-    error = sm80::launch_trilinear(params, {args.dtype, tile.tile_a, tile.slice, gradients, slope_grad}, state_only,
-                                   stream);
+  if (plan.family == Family::kSm90) {
+    sm90::LaunchOptions options;
+    options.cluster = plan.clusters[which];
+    options.max_blocks = plan.max_blocks[which];
+    // Behind the combine pass, whose states it reads; the second launch behind the first, of which it needs nothing and
+    // which has waited for the combine pass.
+    options.overlaps = params.is_cut || which > 0;
+    options.reads_previous = params.is_cut && (which == 0 || !plan.is_fused);
+    error = plan.is_fused && which == 0
+                ? sm90::launch_key_value_gradients(params, args.dtype, tile.tile_a, options, stream)
+                : sm90::launch_trilinear(params, {args.dtype, tile.tile_a, tile.slice, gradients}, options, stream);
+  } else if (plan.family == Family::kSm80) {
+    error = sm80::launch_trilinear(params, {args.dtype, tile.tile_a, tile.slice, gradients, slope_grad}, false, stream);
   } else {
-    error = state_only ? simt::launch_state_pass(params, args.dtype, stream)
-                       : simt::launch_trilinear(params, args.dtype, stream);
+    error = simt::launch_trilinear(params, args.dtype, stream);
   }
-  check_cuda(args.op, state_only ? "launching the state pass" : "launching the kernel", error);
+  check_cuda(args.op, "launching the kernel", error);
 }
 
 // Where sequences are cut: the state that enters each segment, from the state pass and its combination.
 void enter_segments(const Attention& args, const Plan& plan, const TrilinearParams& params, bool gradients,
                     cudaStream_t stream) {
   if (!params.is_cut) return;
-  launch(args, plan, 0, params, gradients, false, true, stream);
+  const Tile& tile = plan.state_tile;
+  cudaError_t error;
+  if (plan.family == Family::kSm90) {
+    sm90::LaunchOptions options;
+    options.cluster = plan.state_cluster;
+    options.state_only = true;
+    error = sm90::launch_trilinear(params, {args.dtype, tile.tile_a, tile.slice, gradients}, options, stream);
+  } else if (plan.family == Family::kSm80) {
+    error = sm80::launch_trilinear(params, {args.dtype, tile.tile_a, tile.slice, gradients, false}, true, stream);
+  } else {
+    error = simt::launch_state_pass(params, args.dtype, stream);
+  }
+  check_cuda(args.op, "launching the state pass", error);
   check_cuda(args.op, "launching the combine pass",
              simt::launch_combine(params, args.dtype == DType::kFloat64, stream));
 }
@@ -129,7 +152,7 @@ void run_forward(const Attention& args, const Tensor& out, const Tensor* final_s
   if (final_state) job.final = mutable_state(*final_state);
   job.local = mutable_state(local);
   enter_segments(args, plan, params, false, device.stream());
-  launch(args, plan, 0, params, false, false, false, device.stream());
+  launch(args, plan, 0, params, false, false, device.stream());
 }
 
 Tensor forward(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& slope,
@@ -220,19 +243,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_o
     dk_job.dots = base + dots.stride(0) * static_cast<int64_t>(dots.element_size());
   }
 
+  auto launch_jobs = [&](int which, std::initializer_list<const TrilinearJob*> jobs) {
+    params.num_jobs = 0;
+    for (const TrilinearJob* job : jobs) params.jobs[params.num_jobs++] = *job;
+    launch(args, plan, which, params, true, wants_dslope && which == 0, device.stream());
+  };
   params.num_jobs = 2;
   params.jobs[0] = dq_job;
   params.jobs[1] = dk_job;
   enter_segments(args, plan, params, true, device.stream());
-  if (plan.num_launches == 1) {
-    params.num_jobs = 3;
-    params.jobs[2] = dv_job;
-  }
-  launch(args, plan, 0, params, true, wants_dslope, false, device.stream());
-  if (plan.num_launches == 2) {
-    params.num_jobs = 1;
-    params.jobs[0] = dv_job;
-    launch(args, plan, 1, params, true, false, false, device.stream());
+  if (plan.is_fused) {
+    launch_jobs(0, {&dv_job, &dk_job});
+    launch_jobs(1, {&dq_job});
+  } else if (plan.num_launches == 1) {
+    launch_jobs(0, {&dq_job, &dk_job, &dv_job});
+  } else {
+    launch_jobs(0, {&dq_job, &dk_job});
+    launch_jobs(1, {&dv_job});
   }
 
   if (wants_dslope) {

@@ -1,4 +1,4 @@
-// Orders what the compiler may not reorder.
+// Orders what the compiler or the hardware may reorder.
 #pragma once
 
 namespace la2::ptx {
@@ -6,5 +6,9 @@ namespace la2::ptx {
 // No memory access moves across; no instruction is made. Bounds how many loads are in flight, and so the registers
 // they need.
 __device__ __forceinline__ void scheduling_fence() { asm volatile("" ::: "memory"); }
+
+// This thread's ordinary writes to shared memory before, reads of them by wgmma and by the copy engine (the async
+// proxy) after. A barrier between writer and reader must follow.
+__device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 }  // namespace la2::ptx

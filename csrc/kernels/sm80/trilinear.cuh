@@ -4,12 +4,12 @@
 
 #include <type_traits>
 
-#include "../../core/decay.h"
 #include "../ptx/cp_async.cuh"
 #include "../ptx/fence.cuh"
 #include "../ptx/ldmatrix.cuh"
 #include "../ptx/mma.cuh"
 #include "../simt/units.cuh"
+#include "../tile/decay.cuh"
 #include "../tile/half_pair.cuh"
 #include "../tile/shared_tile.cuh"
 #include "../trilinear.h"
@@ -46,28 +46,6 @@ struct Config {
   using TileP = tile::SharedTile<T, kChunk, kChunk>;
 };
 
-// Powers of lambda by signed distance x: ascending(x) = lambda^x for x >= 0, descending(x) = lambda^-x for x <= 0, both
-// 0 on the other side. Causal masks, tails and both directions of the sweep are then plain look-ups at a lane's base
-// plus a constant.
-template <int kChunk>
-struct Decay {
-  float ascending_[2 * kChunk + 1], descending_[2 * kChunk + 1];  // x = -C .. C
-
-  __device__ const float* ascending() const { return ascending_ + kChunk; }
-  __device__ const float* descending() const { return descending_ + kChunk; }
-  // Along the sweep: from an earlier row to a later one; and against it.
-  __device__ const float* along(bool reverse) const { return reverse ? descending() : ascending(); }
-  __device__ const float* against(bool reverse) const { return reverse ? ascending() : descending(); }
-
-  __device__ void fill(float slope, int thread, int num_threads) {
-    for (int x = thread - kChunk; x <= kChunk; x += num_threads) {
-      const float power = static_cast<float>(decay_power<float>(slope, abs(x)));
-      ascending_[x + kChunk] = x >= 0 ? power : 0.f;
-      descending_[x + kChunk] = x <= 0 ? power : 0.f;
-    }
-  }
-};
-
 template <class Cfg>
 struct SlopeGradStorage {
   typename Cfg::TileP scores;  // [C, C] masked, times the distance
@@ -82,7 +60,7 @@ struct SharedStorage {
   typename Cfg::TileA b[Cfg::kStages];  // [C, Da]
   typename Cfg::TileC c[Cfg::kStages];  // [C, slice]
   typename Cfg::TileP scores;           // [C, C] masked
-  Decay<Cfg::kChunk> decay;
+  tile::Decay<Cfg::kChunk> decay;
   SlopeGradStorage<Cfg> slope_grad[Cfg::kSlopeGrad ? 1 : 0];
 };
 
@@ -177,14 +155,6 @@ __device__ __forceinline__ float2 operand_range(const StateFragment<Cfg>& z) {
           __uint_as_float(static_cast<uint32_t>(127 + shift) << 23)};
 }
 
-// (low, high) = pair + rest, each rounded to 16 bits.
-template <class T>
-__device__ __forceinline__ void split_pair(float low, float high, uint32_t& pair, uint32_t& rest) {
-  pair = tile::pack<T>(low, high);
-  const float2 rounded = tile::unpack<T>(pair);
-  rest = tile::pack<T>(low - rounded.x, high - rounded.y);
-}
-
 // out = diag(inter lambda^n) a Z, n = i + 1 (reverse: rows - 1 - i).
 template <class Cfg>
 __device__ __forceinline__ void inter(OutFragment<Cfg>& out, const StateFragment<Cfg>& z, SharedStorage<Cfg>& smem,
@@ -200,7 +170,7 @@ __device__ __forceinline__ void inter(OutFragment<Cfg>& out, const StateFragment
                                {z[2 * d + 1][2] * range.x, z[2 * d + 1][3] * range.x}};
     uint32_t fz[4], fz_rest[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) split_pair<T>(pairs[i][0], pairs[i][1], fz[i], fz_rest[i]);
+    for (int i = 0; i < 4; ++i) tile::split_pair<T>(pairs[i][0], pairs[i][1], fz[i], fz_rest[i]);
 #pragma unroll
     for (int m = 0; m < Cfg::kChunk / 16; ++m) {
       uint32_t fa[4];
@@ -284,7 +254,7 @@ __device__ __forceinline__ void update_state(StateFragment<Cfg>& z, SharedStorag
 #pragma unroll
       for (int i = 2 * half; i < 2 * half + 2; ++i) {
         const float2 value = tile::unpack<T>(c[i]);
-        split_pair<T>(value.x * weight[0], value.y * weight[1], weighted[i], rest[i]);
+        tile::split_pair<T>(value.x * weight[0], value.y * weight[1], weighted[i], rest[i]);
       }
     }
 #pragma unroll

@@ -32,4 +32,12 @@ __device__ __forceinline__ float2 unpack<__half>(uint32_t pair) {
   return __half22float2(*reinterpret_cast<const __half2*>(&pair));
 }
 
+// (low, high) = pair + rest, each rounded to 16 bits.
+template <class T>
+__device__ __forceinline__ void split_pair(float low, float high, uint32_t& pair, uint32_t& rest) {
+  pair = tile::pack<T>(low, high);
+  const float2 rounded = tile::unpack<T>(pair);
+  rest = tile::pack<T>(low - rounded.x, high - rounded.y);
+}
+
 }  // namespace la2::tile

@@ -1,0 +1,63 @@
+// What the planners of the kernel families share. Private to csrc/core.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "plan.h"
+
+namespace la2 {
+
+// LA2_PLAN, parsed. Empty and 0: free choice.
+struct Forced {
+  std::string family;
+  int64_t slice = 0, segments = 0;
+};
+
+constexpr int64_t kSegmentStep = 64;  // every chunk size divides it
+constexpr int64_t kMinSegment = 256;  // shorter ones spend their time on the states between them
+constexpr int64_t kMaxSegments = 64;  // the combine pass walks them one by one
+constexpr double kWorthwhile = 0.97;  // more segments only for a gain beyond the cost model's precision
+constexpr double kCombineGBs = 2500;  // of local states read and written
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline int tile_a_for(int64_t dim) { return dim <= 64 ? 64 : dim <= 128 ? 128 : 256; }
+
+// Segments to consider. The longest sequence possible: packed, all tokens may belong to one.
+inline std::vector<int64_t> counts_of_segments(const Problem& p, const Forced& forced) {
+  if (forced.segments > 0) return {forced.segments};
+  std::vector<int64_t> counts;
+  const int64_t most = std::min(kMaxSegments, std::max<int64_t>(1, p.length / kMinSegment));
+  for (int64_t n = 1; n <= most; n = n < 4 ? n + 1 : n + n / 4) counts.push_back(n);
+  return counts;
+}
+
+// Segments, units and the workspace for their states. Whether any sequence may be cut.
+inline bool cut_into_segments(const Problem& p, int64_t segments, Plan* plan) {
+  const int64_t tokens = std::max<int64_t>(p.length, 1);
+  plan->segment_len = ceil_div(ceil_div(tokens, segments), kSegmentStep) * kSegmentStep;
+  plan->num_segments = ceil_div(tokens, plan->segment_len);
+  plan->num_units = p.packed ? p.num_seqs + p.length / plan->segment_len
+                             : p.num_seqs * std::max<int64_t>(1, ceil_div(p.length, plan->segment_len));
+  const bool cut = plan->num_segments > 1;
+  plan->local_states = cut ? plan->num_units * (p.backward ? 2 : 1) : 0;
+  return cut;
+}
+
+// Units with something to do: packed, as many as the tokens fill, evenly cut.
+inline int64_t busy_units(const Problem& p, const Plan& plan) {
+  return p.packed ? std::max<int64_t>(1, ceil_div(p.length, plan.segment_len)) : plan.num_units;
+}
+
+inline double combine_us(const Problem& p, const Plan& plan) {
+  const int64_t bytes = 8 * plan.local_states * p.heads * p.dim_k * p.dim_v;
+  return static_cast<double>(bytes) / (kCombineGBs * 1e3);
+}
+
+// The Hopper family's plan; a sentence where it does not serve the problem or the device, or is not wanted.
+Status plan_sm90(const Problem& problem, const DeviceProps& device, const Forced& forced, Plan* plan);
+
+}  // namespace la2

@@ -1,0 +1,44 @@
+// Host entries of the sm90 family: bf16 and fp16 on GPUs of compute capability 9.0 (csrc/kernels/trilinear.h says what
+// is computed).
+#pragma once
+
+#include <cuda.h>
+#include <cuda_runtime_api.h>
+
+#include "../trilinear.h"
+
+namespace la2::sm90 {
+
+// Tensor maps of a job's operands, boxes of [64 / cluster, 64] (a, b), [64, 64] (c) and [16, 64] (out).
+struct JobMaps {
+  CUtensorMap a, b, c, out;
+};
+struct TrilinearMaps {
+  JobMaps jobs[kMaxJobs];
+};
+
+// Which instance: Da rounded up to tile_a, slices of Dc, operands split in two for gradients.
+struct Instance {
+  DType dtype;
+  int tile_a, slice;
+  bool split;
+};
+
+struct LaunchOptions {
+  int cluster = 1;              // slices of one head side by side in a cluster, which share the copies of a and b
+  int64_t max_blocks = 0;       // of a job; a block takes every max_blocks-th item. 0: a block for each item
+  bool state_only = false;      // gathers the segments' states into job.local; the main pass does everything else
+  bool overlaps = false;        // may start before the kernel before it is done
+  bool reads_previous = false;  // and then waits for it where it reads states
+};
+
+// Rows must be 16-byte aligned (base, strides). cudaErrorInvalidDeviceFunction: no such instance was built.
+cudaError_t launch_trilinear(const TrilinearParams& params, const Instance& instance, const LaunchOptions& options,
+                             cudaStream_t stream);
+
+// params.jobs[0]: dv = T_rev(k, q, dout), whose state is the one that counts; params.jobs[1]: dk = T_rev(v, dout, q).
+// Dims up to `tile`, 64 or 128.
+cudaError_t launch_key_value_gradients(const TrilinearParams& params, DType dtype, int tile,
+                                       const LaunchOptions& options, cudaStream_t stream);
+
+}  // namespace la2::sm90

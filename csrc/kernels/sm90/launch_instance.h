@@ -1,0 +1,57 @@
+// The functions behind the instances that CMake lists, one in each translation unit, and how they launch.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "launch.h"
+
+#define LA2_INSTANCE_FUNCTION_(name) launch_##name
+#define LA2_INSTANCE_FUNCTION(name) LA2_INSTANCE_FUNCTION_(name)
+
+namespace la2::sm90 {
+
+// Blocks along x: whole clusters, as many as there are items or as options.max_blocks allows.
+inline int64_t blocks_of_items(const TrilinearParams& params, const LaunchOptions& options, int slice) {
+  int64_t groups = 0;
+  for (int i = 0; i < params.num_jobs; ++i) {
+    const int64_t slices = (params.jobs[i].dim_c + slice - 1) / slice;
+    const int64_t needed = (slices + options.cluster - 1) / options.cluster;
+    if (needed > groups) groups = needed;
+  }
+  int64_t clusters = groups * params.sizes.heads * params.num_units;
+  if (clusters > INT32_MAX) return clusters;  // items are counted in 32 bits: launch_kernel refuses
+  const int64_t most = options.max_blocks / options.cluster;
+  if (most > 0 && clusters > most) clusters = most;
+  return clusters * options.cluster;
+}
+
+template <class Kernel, class... Args>
+cudaError_t launch_kernel(Kernel kernel, int64_t blocks, int jobs, int threads, size_t shared_bytes,
+                          const LaunchOptions& options, cudaStream_t stream, const Args&... args) {
+  if (blocks == 0) return cudaSuccess;
+  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
+  if (const cudaError_t error =
+          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+      error != cudaSuccess)
+    return error;
+  cudaLaunchAttribute attributes[2];
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(jobs));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = attributes;
+  if (options.cluster > 1) {
+    cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {static_cast<unsigned>(options.cluster), 1, 1};
+  }
+  if (options.overlaps) {
+    cudaLaunchAttribute& overlap = attributes[config.numAttrs++];
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+  }
+  return cudaLaunchKernelEx(&config, kernel, args...);
+}
+
+}  // namespace la2::sm90

@@ -1,0 +1,183 @@
+// The steps of a chunk that the sm_90 kernels share, each by one warpgroup. "Issued": the product runs on; wgmma_wait
+// waits for it.
+#pragma once
+
+#include "../ptx/ldmatrix.cuh"
+#include "../ptx/stmatrix.cuh"
+#include "../ptx/wgmma.cuh"
+#include "../tile/decay.cuh"
+#include "../tile/half_pair.cuh"
+#include "work.cuh"
+
+namespace la2::sm90 {
+
+struct WarpgroupLane {
+  int warp, lane, group, pair;  // warp within the warpgroup; lane = 4 group + pair
+  __device__ WarpgroupLane() : warp(threadIdx.x / 32 % 4), lane(threadIdx.x % 32), group(lane / 4), pair(lane % 4) {}
+};
+
+template <int kRegs>
+using Accumulators = float[kRegs];
+
+// scores [C, C] = a b^T, issued.
+template <class T, class Tile>
+__device__ __forceinline__ void issue_scores(Accumulators<kChunk / 2>& p, const Tile& a_tile, const Tile& b_tile) {
+  const tile::RowsOperand<Tile> a(shared_address(&a_tile)), b(shared_address(&b_tile));
+  ptx::pin_registers(p);
+  ptx::wgmma_fence();
+#pragma unroll
+  for (int k = 0; k < Tile::kCols / 16; ++k)
+    ptx::wgmma<T, ptx::Major::kK, ptx::Major::kK>(p, a.step(k), b.step(k), k != 0);
+  ptx::wgmma_commit();
+}
+
+// The scores under the mask M_ij = lambda^|i-j| (causal side), times intra, as A operand.
+template <class T>
+__device__ __forceinline__ void mask_scores(uint32_t (&masked)[kChunk / 16][4], const Accumulators<kChunk / 2>& p,
+                                            const float* along, float intra, const WarpgroupLane& me) {
+  const float* mask = along + (me.warp * 16 + me.group - me.pair * 2);
+#pragma unroll
+  for (int n = 0; n < kChunk / 8; ++n)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int x = 8 * half - 8 * n;
+      masked[n / 2][2 * (n % 2) + half] =
+          tile::pack<T>(p[4 * n + 2 * half] * (intra * mask[x]), p[4 * n + 2 * half + 1] * (intra * mask[x - 1]));
+    }
+}
+
+template <int kRegs>
+__device__ __forceinline__ void scale_rows(Accumulators<kRegs>& out, float upper, float lower) {
+#pragma unroll
+  for (int i = 0; i < kRegs; ++i) out[i] *= i & 2 ? lower : upper;
+}
+
+// out [C, kCols] += scores c, issued.
+template <class T, class Tile>
+__device__ __forceinline__ void issue_intra(Accumulators<Tile::kCols / 2>& out,
+                                            const uint32_t (&masked)[kChunk / 16][4], const Tile& c_tile) {
+  const tile::ColumnsOperand<Tile> c(shared_address(&c_tile));
+  ptx::pin_registers(out);
+  ptx::wgmma_fence();
+#pragma unroll
+  for (int k = 0; k < kChunk / 16; ++k) ptx::wgmma<T, ptx::Major::kMN>(out, masked[k], c.step(k), 1);
+  ptx::wgmma_commit();
+}
+
+// Accumulators of 16 rows of this warp, times `factor`, rounded to rows `row`.. of a tile in shared memory; with kParts
+// 2 what the rounding left to a second one.
+template <class Tile, class T, int kParts, int kRegs>
+__device__ __forceinline__ void store_rounded(Tile (&tiles)[kParts], int row, const Accumulators<kRegs>& d,
+                                              float factor, int lane) {
+  static_assert(kParts == 1 || kParts == 2);
+  const auto to = tile::swizzled_rows_first<Tile>(shared_address(&tiles[0]), row, 0, lane);
+#pragma unroll
+  for (int g = 0; g < kRegs / 8; ++g) {
+    uint32_t pairs[4], rest[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float low = d[8 * g + 2 * i] * factor, high = d[8 * g + 2 * i + 1] * factor;
+      if constexpr (kParts == 2) {
+        tile::split_pair<T>(low, high, pairs[i], rest[i]);
+      } else {
+        pairs[i] = tile::pack<T>(low, high);
+      }
+    }
+    ptx::stmatrix_x4(to.at(0, 2 * g), pairs);
+    if constexpr (kParts == 2) ptx::stmatrix_x4(to.at(0, 2 * g) + Tile::kBytes, rest);
+  }
+}
+
+// This warp's 16 rows of a chunk of out, through its own rows of `staging`, to memory.
+template <class T, class Tile>
+__device__ __forceinline__ void store_out(Tile (&staging)[1], const Accumulators<Tile::kCols / 2>& out,
+                                          const CUtensorMap& map, const TrilinearJob& job, const Item& item, int chunk,
+                                          bool is_packed, const WarpgroupLane& me) {
+  const uint32_t tile = shared_address(&staging[0]);
+  const int first_row = me.warp * 16, rows = item.rows_of(chunk);
+  if (me.lane == 0) ptx::tma_store_wait_read();
+  __syncwarp();
+  store_rounded<Tile, T>(staging, first_row, out, 1.f, me.lane);
+  if (is_packed && rows < kChunk) {  // the map does not end where the sequence does
+    __syncwarp();
+    T* to = static_cast<T*>(job.out.data) + item.batch * job.out.stride_b + item.head * job.out.stride_h +
+            static_cast<int64_t>(item.row_begin + chunk * kChunk) * job.out.stride_n + item.first_col;
+    store_rows_directly<Tile>(to, job.out.stride_n, tile, first_row, rows, job.dim_c - item.first_col, me.lane);
+    return;
+  }
+  ptx::fence_proxy_async();
+  __syncwarp();
+  if (me.lane != 0) return;
+  ptx::TmaBox box = item.box(chunk);
+  box.row += first_row;
+  box.col = item.first_col;
+#pragma unroll
+  for (int block = 0; block < Tile::kBlocks; ++block, box.col += 64)
+    ptx::tma_store(&map, tile + block * Tile::kBlockBytes + first_row * 128, box);
+  ptx::tma_store_commit();
+}
+
+// 64 columns of c transposed, from column 64 `block` on, weighted by the token, as A operand of a state's update: rows
+// are this warp's 16 of those columns. kSplit: `rest` is what the rounding left.
+template <class T, bool kSplit, class Tile>
+__device__ __forceinline__ void weigh_columns(uint32_t (&weighted)[kChunk / 16][4], uint32_t (&rest)[kChunk / 16][4],
+                                              const Tile& c_tile, int block, const float* weights, float factor,
+                                              const WarpgroupLane& me) {
+  const auto values = tile::swizzled_units_first<Tile>(shared_address(&c_tile), 0, 2 * me.warp, me.lane);
+#pragma unroll
+  for (int k = 0; k < kChunk / 16; ++k) {
+    uint32_t c[4];
+    ptx::ldmatrix_x4_trans(c, values.at(k * 16, 8 * block));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int token = k * 16 + 8 * (i / 2);
+      const float2 value = tile::unpack<T>(c[i]);
+      const float low = value.x * (factor * weights[token]), high = value.y * (factor * weights[token + 1]);
+      if constexpr (kSplit) {
+        tile::split_pair<T>(low, high, weighted[k][i], rest[k][i]);
+      } else {
+        weighted[k][i] = tile::pack<T>(low, high);
+      }
+    }
+  }
+}
+
+// Where the weights of a chunk's tokens begin for this lane: lambda^n, n = rows - 1 - j (reverse: j + 1).
+__device__ __forceinline__ const float* token_weights(const tile::Decay<kChunk>& decay, bool reverse, int rows,
+                                                      const WarpgroupLane& me) {
+  return decay.against(reverse) + (me.pair * 2 + (reverse ? 1 : 1 - rows));
+}
+// Where the weights of its rows of out do: lambda^n, n = i + 1 (reverse: rows - 1 - i); the lower row 8 on.
+__device__ __forceinline__ const float* row_weights(const float* along, bool reverse, int rows,
+                                                    const WarpgroupLane& me) {
+  return along + (me.warp * 16 + me.group + (reverse ? 1 - rows : 1));
+}
+
+// fp16 ends at 65504 and a state may not: the power of two that brings `largest` under 2^14.
+__device__ __forceinline__ int range_exponent(float largest) {
+  const int exponent = static_cast<int>(__float_as_uint(largest) >> 23) - 127;
+  return exponent >= 14 && exponent < 127 ? exponent - 13 : 0;
+}
+__device__ __forceinline__ float power_of_two(int exponent) {
+  return __uint_as_float(static_cast<uint32_t>(127 + exponent) << 23);
+}
+template <int kRegs>
+__device__ __forceinline__ float largest_of_warp(const Accumulators<kRegs>& z, float largest) {
+#pragma unroll
+  for (int i = 0; i < kRegs; ++i) largest = fmaxf(largest, fabsf(z[i]));
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, step));
+  return largest;
+}
+
+// This warp is done with a stage.
+__device__ __forceinline__ void release_stage(uint64_t& empty, int cluster, int lane) {
+  __syncwarp();
+  if (cluster == 1) {
+    if (lane == 0) ptx::mbarrier_arrive(shared_address(&empty));
+  } else if (lane < cluster) {
+    ptx::mbarrier_arrive_remote(shared_address(&empty), lane);
+  }
+}
+
+}  // namespace la2::sm90

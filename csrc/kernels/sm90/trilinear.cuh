@@ -1,0 +1,408 @@
+// bf16 and fp16 trilinear kernel for Hopper: copy engine, wgmma, warp roles, fp32 state in registers.
+// The notebook is ../DESIGN.md.
+#pragma once
+
+#include <type_traits>
+
+#include "steps.cuh"
+
+namespace la2::sm90 {
+
+// ---- config
+
+// kTileA: Da rounded up, the missing columns read as zero. kSlice: the columns of Dc of a block.
+// kSplit: the two operands that are rounded from float32, the state and the weighted c, go in as a sum of two 16-bit
+// numbers. The gradients need it for an error below that of their own rounding (../DESIGN.md); out does not. A slice of
+// 128 has no registers for the second half of c, and is for dq, which does without.
+template <class T_, int kTileA_, int kSlice_, bool kSplit_>
+struct Config {
+  using T = T_;
+  static constexpr int kTileA = kTileA_, kSlice = kSlice_;
+  static constexpr bool kSplit = kSplit_, kSplitsValues = kSplit && kSlice == 64;
+  static constexpr bool kNeedsRange = std::is_same<T, __half>::value;  // 65504 ends it, and a state may not
+
+  using TileA = tile::SwizzledTile<T, kChunk, kTileA>;
+  using TileC = tile::SwizzledTile<T, kChunk, kSlice>;
+  using TileZ = tile::SwizzledTile<T, kSlice, kTileA>;  // the state transposed
+
+  static constexpr int kParts = kSplit ? 2 : 1;  // of the state: what 16 bits hold, and the rest
+  static constexpr int kThreads = 384;           // producer, output and state warpgroup
+  static constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
+
+  // What fits into 227 KB: a second buffer of the state where its operand is not split, then stages, at most 4.
+  static constexpr int kStateBuffers = kSplit ? 1 : 2;
+  static constexpr int kStageBytes = 2 * TileA::kBytes + TileC::kBytes;
+  static constexpr int kFixedBytes = kStateBuffers * kParts * TileZ::kBytes + TileC::kBytes;
+  static constexpr int kStagesThatFit = (224 * 1024 - kFixedBytes) / kStageBytes;
+  static constexpr int kStages = kStagesThatFit < 4 ? kStagesThatFit : 4;
+  static_assert(kStages >= 2);
+};
+
+template <class Cfg>
+struct Stage {
+  typename Cfg::TileA a, b;  // [C, Da]
+  typename Cfg::TileC c;     // [C, slice]
+};
+
+// Arrivals: the copy engine's bytes and the producer (full, tail); every consumer warp of the cluster (empty); every
+// warp of the state warpgroup (state_full), of the output warpgroup (state_empty).
+template <class Cfg>
+struct SharedStorage {
+  Stage<Cfg> stages[Cfg::kStages];
+  typename Cfg::TileZ state[Cfg::kStateBuffers][Cfg::kParts];  // Z^T [slice, Da] as it enters a chunk
+  typename Cfg::TileC out[1];                                  // [C, slice] on its way to memory
+  tile::Decay<kChunk> decay_of_output, decay_of_state;         // the two roles may be an item apart
+  float range_undo[Cfg::kStateBuffers];                        // fp16: the state's operand was divided by this
+  float largest[4];
+  uint64_t full[Cfg::kStages], empty[Cfg::kStages], tail;
+  uint64_t state_full[Cfg::kStateBuffers], state_empty[Cfg::kStateBuffers];
+};
+
+enum NamedBarrier { kOutputWarps = 1, kStateWarps = 2 };
+
+// ---- steps of the output warpgroup
+
+// out [C, slice] = a Z, issued.
+template <class Cfg>
+__device__ __forceinline__ void issue_inter(Accumulators<Cfg::kSlice / 2>& out, const Stage<Cfg>& stage,
+                                            const typename Cfg::TileZ (&state)[Cfg::kParts]) {
+  const tile::RowsOperand<typename Cfg::TileA> a(shared_address(&stage.a));
+  ptx::pin_registers(out);
+  ptx::wgmma_fence();
+#pragma unroll
+  for (int part = 0; part < Cfg::kParts; ++part) {
+    const tile::RowsOperand<typename Cfg::TileZ> z(shared_address(&state[part]));
+#pragma unroll
+    for (int k = 0; k < Cfg::kTileA / 16; ++k)
+      ptx::wgmma<typename Cfg::T, ptx::Major::kK, ptx::Major::kK>(out, a.step(k), z.step(k), k + part != 0);
+  }
+  ptx::wgmma_commit();
+}
+
+// ---- steps of the state warpgroup
+
+template <class Cfg>
+using StateAccumulators = float[Cfg::kSlice / 64][Cfg::kTileA / 2];
+
+// Z = lambda^rows Z + b^T diag(update lambda^n) c, as Z^T += (weighted c)^T b, in blocks of 64 columns of c.
+template <class Cfg>
+__device__ __forceinline__ void update_state(StateAccumulators<Cfg>& z, const Stage<Cfg>& stage,
+                                             const tile::Decay<kChunk>& decay, float factor, bool reverse, int rows,
+                                             const WarpgroupLane& me) {
+  using T = typename Cfg::T;
+  constexpr int kBlocks = Cfg::kSlice / 64;
+  const tile::ColumnsOperand<typename Cfg::TileA> b(shared_address(&stage.b));
+  const float* weights = token_weights(decay, reverse, rows, me);
+  const float lambda_rows = decay.ascending()[rows];
+  uint32_t weighted[kBlocks][kChunk / 16][4], rest[kBlocks][kChunk / 16][4];
+#pragma unroll
+  for (int block = 0; block < kBlocks; ++block)
+    weigh_columns<T, Cfg::kSplitsValues>(weighted[block], rest[block], stage.c, block, weights, factor, me);
+#pragma unroll
+  for (int block = 0; block < kBlocks; ++block) {
+#pragma unroll
+    for (int i = 0; i < Cfg::kTileA / 2; ++i) z[block][i] *= lambda_rows;
+    ptx::pin_registers(z[block]);
+  }
+  ptx::wgmma_fence();
+#pragma unroll
+  for (int block = 0; block < kBlocks; ++block)
+#pragma unroll
+    for (int k = 0; k < kChunk / 16; ++k) {
+      ptx::wgmma<T, ptx::Major::kMN>(z[block], weighted[block][k], b.step(k), 1);
+      if constexpr (Cfg::kSplitsValues) ptx::wgmma<T, ptx::Major::kMN>(z[block], rest[block][k], b.step(k), 1);
+    }
+  ptx::wgmma_commit();
+  ptx::wgmma_wait<0>();
+#pragma unroll
+  for (int block = 0; block < kBlocks; ++block) ptx::pin_registers(z[block]);
+}
+
+// fp16: the factor that brings every |Z| of the block into range, and its inverse in `undo`; else 1.
+template <class Cfg>
+__device__ __forceinline__ float operand_range(const StateAccumulators<Cfg>& z, SharedStorage<Cfg>& smem, float* undo,
+                                               const WarpgroupLane& me) {
+  if constexpr (!Cfg::kNeedsRange) return 1.f;
+  float largest = 0.f;
+#pragma unroll
+  for (int block = 0; block < Cfg::kSlice / 64; ++block) largest = largest_of_warp(z[block], largest);
+  ptx::named_barrier_sync(kStateWarps, 128);  // everyone is done with the last ones
+  if (me.lane == 0) smem.largest[me.warp] = largest;
+  ptx::named_barrier_sync(kStateWarps, 128);
+  largest = fmaxf(fmaxf(smem.largest[0], smem.largest[1]), fmaxf(smem.largest[2], smem.largest[3]));
+  const int exponent = range_exponent(largest);
+  if (me.warp == 0 && me.lane == 0) *undo = power_of_two(exponent);
+  return power_of_two(-exponent);
+}
+
+// Calls body(element of z, pointer to the state's element) for what this lane holds of [Da, slice of Dc].
+template <class Cfg, class Element, class Body>
+__device__ __forceinline__ void for_each_state_element(StateAccumulators<Cfg>& z, Element* state, int64_t stride_d,
+                                                       int64_t stride_e, int dim_a, int cols, const WarpgroupLane& me,
+                                                       const Body& body) {
+#pragma unroll
+  for (int block = 0; block < Cfg::kSlice / 64; ++block) {
+    const int col = block * 64 + me.warp * 16 + me.group;
+    Element* at = state + me.pair * 2 * stride_d + col * stride_e;
+#pragma unroll
+    for (int n = 0; n < Cfg::kTileA / 8; ++n) {
+      if (n * 8 < dim_a) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          if (col + 8 * (i >> 1) < cols) body(z[block][4 * n + i], at + (i & 1) * stride_d + (i >> 1) * 8 * stride_e);
+      }
+      at += 8 * stride_d;
+      if (n % 8 == 7) ptx::scheduling_fence();  // all loads at once would need too many registers
+    }
+  }
+}
+
+// ---- roles
+
+// Warp 0 of the producer warpgroup; lane 0 starts the copies.
+template <class Cfg>
+__device__ __forceinline__ void produce(SharedStorage<Cfg>& smem, const TrilinearParams& p, const TrilinearJob& job,
+                                        const JobMaps& maps, bool state_only) {
+  const Schedule schedule(p, job, Cfg::kSlice);
+  const int lane = threadIdx.x % 32;
+  const uint32_t bytes = (state_only ? 1 : 2) * Cfg::TileA::kBytes + Cfg::TileC::kBytes;
+  Ring<Cfg::kStages> ring;
+  uint32_t tail_parity = 0;
+  for (int index = schedule.first; index < schedule.count; index += schedule.step) {
+    const Item item = schedule.item(p, job, index, Cfg::kSlice);
+    if (!item.is_valid) break;
+    if (state_only && item.is_last) continue;
+    int step = 0;
+    if (state_only)
+      step = item.num_chunks - window_chunks(simt::slope_of<float>(p, item.sequence, item.head), item.num_chunks);
+    for (; step < item.num_chunks; ++step, ring.advance()) {
+      const int chunk = item.chunk_at(step), rows = item.rows_of(chunk);
+      Stage<Cfg>& stage = smem.stages[ring.stage];
+      // Behind the end of a dense sequence the map ends and zeroes come; behind a packed one, its neighbour.
+      const bool clears = p.cu_seqlens.data != nullptr && rows < kChunk;
+      const uint32_t full = shared_address(&smem.full[ring.stage]);
+      const uint32_t barrier = clears ? shared_address(&smem.tail) : full;
+      ptx::mbarrier_wait(shared_address(&smem.empty[ring.stage]), ring.parity ^ 1);
+      if (lane == 0) {
+        const ptx::TmaBox box = item.box(chunk);
+        ptx::mbarrier_arrive_expect(barrier, bytes);
+        load_tile_shared<typename Cfg::TileA>(shared_address(&stage.b), &maps.b, barrier, box, schedule.rank,
+                                              schedule.cluster);
+        if (!state_only)
+          load_tile_shared<typename Cfg::TileA>(shared_address(&stage.a), &maps.a, barrier, box, schedule.rank,
+                                                schedule.cluster);
+        load_tile<typename Cfg::TileC>(shared_address(&stage.c), &maps.c, barrier, box, item.first_col);
+      }
+      if (clears) {
+        ptx::mbarrier_wait(barrier, tail_parity);
+        tail_parity ^= 1;
+        clear_rows<typename Cfg::TileA>(shared_address(&stage.b), rows, lane);
+        clear_rows<typename Cfg::TileC>(shared_address(&stage.c), rows, lane);
+        ptx::fence_proxy_async();
+        __syncwarp();
+        if (lane == 0) ptx::mbarrier_arrive(full);
+      }
+    }
+  }
+}
+
+// out = diag(inter lambda^n) a Z + (M . a b^T) c, chunk by chunk. The scores of the next chunk are issued before this
+// chunk's result is stored.
+template <class Cfg>
+__device__ __forceinline__ void write_outputs(SharedStorage<Cfg>& smem, const TrilinearParams& p,
+                                              const TrilinearJob& job, const JobMaps& maps) {
+  using T = typename Cfg::T;
+  const Schedule schedule(p, job, Cfg::kSlice);
+  const WarpgroupLane me;
+  const bool reverse = job.reverse;
+  const bool is_packed = p.cu_seqlens.data != nullptr;
+  const float inter = static_cast<float>(job.inter), intra = static_cast<float>(job.intra);
+  Ring<Cfg::kStages> ring;
+  Ring<Cfg::kStateBuffers> state_ring;
+  for (int index = schedule.first; index < schedule.count; index += schedule.step) {
+    const Item item = schedule.item(p, job, index, Cfg::kSlice);
+    if (!item.is_valid) break;
+    if (item.num_chunks == 0) continue;
+    ptx::named_barrier_sync(kOutputWarps, 128);  // nobody reads the last item's powers any more
+    smem.decay_of_output.fill(simt::slope_of<float>(p, item.sequence, item.head), threadIdx.x % 128, 128);
+    ptx::named_barrier_sync(kOutputWarps, 128);
+    const float* along = smem.decay_of_output.along(reverse);
+
+    Accumulators<kChunk / 2> scores;
+    ptx::mbarrier_wait(shared_address(&smem.full[ring.stage]), ring.parity);
+    issue_scores<T>(scores, smem.stages[ring.stage].a, smem.stages[ring.stage].b);
+    ptx::wgmma_wait<0>();
+    ptx::pin_registers(scores);
+    for (int step = 0; step < item.num_chunks; ++step) {
+      const int chunk = item.chunk_at(step), rows = item.rows_of(chunk);
+      const int stage = ring.stage, state = state_ring.stage;
+      Accumulators<Cfg::kSlice / 2> out;
+      ptx::mbarrier_wait(shared_address(&smem.state_full[state]), state_ring.parity);
+      issue_inter<Cfg>(out, smem.stages[stage], smem.state[state]);
+      uint32_t masked[kChunk / 16][4];
+      mask_scores<T>(masked, scores, along, intra, me);
+      const float* row_decay = row_weights(along, reverse, rows, me);
+      float factor = inter;
+      if constexpr (Cfg::kNeedsRange) factor *= smem.range_undo[state];
+      const float upper = factor * row_decay[0], lower = factor * row_decay[8];
+      ptx::wgmma_wait<0>();
+      ptx::pin_registers(out);
+      __syncwarp();
+      if (me.lane == 0) ptx::mbarrier_arrive(shared_address(&smem.state_empty[state]));
+      state_ring.advance();
+      scale_rows(out, upper, lower);
+      issue_intra<T>(out, masked, smem.stages[stage].c);
+
+      // Behind the last chunk the scores are computed once more, unused: products in flight across a branch would be
+      // serialised.
+      ring.advance();
+      const bool has_next = step + 1 < item.num_chunks;
+      if (has_next) ptx::mbarrier_wait(shared_address(&smem.full[ring.stage]), ring.parity);
+      const Stage<Cfg>& next = smem.stages[has_next ? ring.stage : stage];
+      issue_scores<T>(scores, next.a, next.b);
+      ptx::wgmma_wait<1>();
+      ptx::pin_registers(out);
+      if (has_next) release_stage(smem.empty[stage], schedule.cluster, me.lane);
+
+      store_out<T>(smem.out, out, maps.out, job, item, chunk, is_packed, me);
+      ptx::wgmma_wait<0>();
+      ptx::pin_registers(scores);
+      if (!has_next) release_stage(smem.empty[stage], schedule.cluster, me.lane);
+    }
+  }
+  if (me.lane == 0) ptx::tma_store_wait();
+}
+
+// Z = lambda^C Z + b^T diag(w) c, chunk by chunk, and before each chunk its rounded copy for the outputs.
+template <class Cfg>
+__device__ __forceinline__ void carry_state(SharedStorage<Cfg>& smem, const TrilinearParams& p, const TrilinearJob& job,
+                                            bool state_only, bool reads_previous) {
+  using T = typename Cfg::T;
+  const Schedule schedule(p, job, Cfg::kSlice);
+  const WarpgroupLane me;
+  const bool reverse = job.reverse;
+  const float update = static_cast<float>(job.update);
+  Ring<Cfg::kStages> ring;
+  Ring<Cfg::kStateBuffers> state_ring;
+  if (reads_previous) ptx::wait_for_previous_kernel();
+  for (int index = schedule.first; index < schedule.count; index += schedule.step) {
+    const Item item = schedule.item(p, job, index, Cfg::kSlice);
+    if (!item.is_valid) break;
+    const int cols = job.dim_c - item.first_col;
+    if (state_only && item.is_last) continue;
+    const float slope = simt::slope_of<float>(p, item.sequence, item.head);
+    ptx::named_barrier_sync(kStateWarps, 128);
+    smem.decay_of_state.fill(slope, threadIdx.x % 128, 128);
+    ptx::named_barrier_sync(kStateWarps, 128);
+
+    StateAccumulators<Cfg> z;
+#pragma unroll
+    for (int block = 0; block < Cfg::kSlice / 64; ++block)
+#pragma unroll
+      for (int i = 0; i < Cfg::kTileA / 2; ++i) z[block][i] = 0.f;
+    const void* entering = p.is_cut ? job.local.data : job.initial.data;
+    if (!state_only && entering != nullptr) {
+      const int64_t stride_s = p.is_cut ? job.local.stride_s : job.initial.stride_s;
+      const int64_t stride_h = p.is_cut ? job.local.stride_h : job.initial.stride_h;
+      const int64_t stride_d = p.is_cut ? job.local.stride_d : job.initial.stride_d;
+      const int64_t stride_e = p.is_cut ? job.local.stride_e : job.initial.stride_e;
+      const float* from = static_cast<const float*>(entering) + (p.is_cut ? item.unit : item.sequence) * stride_s +
+                          item.head * stride_h + item.first_col * stride_e;
+      for_each_state_element<Cfg>(z, from, stride_d, stride_e, job.dim_a, cols, me,
+                                  [](float& element, const float* stored) { element = *stored; });
+    }
+
+    const MutableState& leaving = state_only ? job.local : job.final;
+    const bool wants_state = leaving.data != nullptr && (state_only || item.is_last);
+    int step = state_only ? item.num_chunks - window_chunks(slope, item.num_chunks) : 0;
+    for (; step < item.num_chunks; ++step, ring.advance()) {
+      if (!state_only) {
+        const int state = state_ring.stage;
+        ptx::mbarrier_wait(shared_address(&smem.state_empty[state]), state_ring.parity ^ 1);
+        const float range = operand_range<Cfg>(z, smem, &smem.range_undo[state], me);
+#pragma unroll
+        for (int block = 0; block < Cfg::kSlice / 64; ++block)
+          store_rounded<typename Cfg::TileZ, T>(smem.state[state], block * 64 + me.warp * 16, z[block], range, me.lane);
+        ptx::fence_proxy_async();
+        __syncwarp();
+        if (me.lane == 0) ptx::mbarrier_arrive(shared_address(&smem.state_full[state]));
+        state_ring.advance();
+      }
+      ptx::mbarrier_wait(shared_address(&smem.full[ring.stage]), ring.parity);
+      if (step + 1 < item.num_chunks || wants_state)
+        update_state<Cfg>(z, smem.stages[ring.stage], smem.decay_of_state, update, reverse,
+                          item.rows_of(item.chunk_at(step)), me);
+      release_stage(smem.empty[ring.stage], schedule.cluster, me.lane);
+    }
+
+    if (wants_state) {
+      float* to = static_cast<float*>(leaving.data) + (state_only ? item.unit : item.sequence) * leaving.stride_s +
+                  item.head * leaving.stride_h + item.first_col * leaving.stride_e;
+      for_each_state_element<Cfg>(z, to, leaving.stride_d, leaving.stride_e, job.dim_a, cols, me,
+                                  [](float& element, float* stored) { *stored = element; });
+    }
+  }
+}
+
+// ---- kernel
+
+// A block (or a cluster, whose blocks have neighbouring slices of Dc and share the copies of a and b) walks its items,
+// each a segment of a sequence for one head. state_only: only the state is gathered, from zero, into job.local.
+// reads_previous: the kernel before this one wrote job.local.
+//
+// Grid: x = blocks of items, y = jobs. Three warpgroups, chunk i:
+//
+//   producer   copy(i+2) ........................................
+//   output     | scores(i+1) | wait Z(i) | a Z(i) | mask(i) | scores c | store(i) ...
+//   state      | Z(i) rounded | wait copy(i) | Z(i+1) = lambda^C Z(i) + b^T w c | Z(i+1) rounded ...
+//
+// A hang is impossible by construction: every wait is for arrivals counted from the roles in init below, and each role
+// walks the same chunks.
+template <class Cfg>
+__global__ void __launch_bounds__(Cfg::kThreads, 1)
+    la2_trilinear_sm90_kernel(const __grid_constant__ TrilinearParams p, const __grid_constant__ TrilinearMaps maps,
+                              bool state_only, bool reads_previous) {
+  extern __shared__ __align__(1024) char raw[];
+  SharedStorage<Cfg>& smem = *reinterpret_cast<SharedStorage<Cfg>*>(raw);
+  const TrilinearJob& job = p.jobs[blockIdx.y];
+  const JobMaps& job_maps = maps.jobs[blockIdx.y];
+  const int cluster = static_cast<int>(ptx::cluster_size());
+
+  if (threadIdx.x == 0) {
+    constexpr int kWarpsOfRole = 4;
+    const int consumer_warps = (state_only ? 1 : 2) * kWarpsOfRole;
+    for (int i = 0; i < Cfg::kStages; ++i) {
+      ptx::mbarrier_init(shared_address(&smem.full[i]), 1);
+      ptx::mbarrier_init(shared_address(&smem.empty[i]), consumer_warps * cluster);
+    }
+    ptx::mbarrier_init(shared_address(&smem.tail), 1);
+    for (int i = 0; i < Cfg::kStateBuffers; ++i) {
+      ptx::mbarrier_init(shared_address(&smem.state_full[i]), kWarpsOfRole);
+      ptx::mbarrier_init(shared_address(&smem.state_empty[i]), kWarpsOfRole);
+    }
+    ptx::mbarrier_init_fence();
+    ptx::tma_prefetch_map(&job_maps.b);
+    ptx::tma_prefetch_map(&job_maps.c);
+  }
+  __syncthreads();
+  ptx::launch_dependents();
+  if (cluster > 1) ptx::cluster_sync();
+
+  const int role = threadIdx.x / 128;
+  if (role == 0) {
+    ptx::registers_release<Cfg::kProducerRegisters>();
+    if (threadIdx.x < 32) produce<Cfg>(smem, p, job, job_maps, state_only);
+  } else if (role == 1) {
+    ptx::registers_acquire<Cfg::kConsumerRegisters>();
+    if (!state_only) write_outputs<Cfg>(smem, p, job, job_maps);
+  } else {
+    ptx::registers_acquire<Cfg::kConsumerRegisters>();
+    carry_state<Cfg>(smem, p, job, state_only, reads_previous);
+  }
+  // A block may not go while others of its cluster still copy to it or arrive at its barriers.
+  if (cluster > 1) ptx::cluster_sync();
+  // Whoever waits for this kernel has thereby waited for the one that it overlaps.
+  ptx::wait_for_previous_kernel();
+}
+
+}  // namespace la2::sm90

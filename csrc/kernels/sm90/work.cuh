@@ -1,0 +1,140 @@
+// What a block of the sm_90 kernels works on: items, chunks, and the copies of their tiles. Shared by all roles, so
+// that producer and consumers walk the same stages in the same order.
+#pragma once
+
+#include <cuda.h>
+
+#include "../ptx/fence.cuh"
+#include "../ptx/mbarrier.cuh"
+#include "../ptx/tma.cuh"
+#include "../ptx/warpgroup.cuh"
+#include "../simt/units.cuh"
+#include "../tile/swizzled_tile.cuh"
+#include "../trilinear.h"
+#include "launch.h"
+
+namespace la2::sm90 {
+
+using tile::shared_address;
+
+constexpr int kChunk = 64;  // tokens: the M of one warpgroup's product
+
+// One segment of one sequence, one head, one slice of Dc. What a chunk needs of a unit, in 32 bits (the launch has seen
+// to it that they do): consumers have few registers to keep it in.
+struct Item {
+  int unit, sequence, batch, head, row_begin, length, first_col, num_chunks;
+  bool is_valid, reverse;
+  bool is_last;  // of its sequence, in the order of the sweep
+
+  __device__ int chunk_at(int step) const { return reverse ? num_chunks - 1 - step : step; }
+  __device__ int rows_of(int chunk) const { return min(length - chunk * kChunk, kChunk); }
+  __device__ ptx::TmaBox box(int chunk) const { return {0, row_begin + chunk * kChunk, head, batch}; }
+};
+
+// Where the items of this block's job are, and in which order it takes them.
+struct Schedule {
+  int rank, cluster, slice_groups, heads;
+  int first, step, count;  // the launch has seen to it that they fit
+
+  __device__ Schedule(const TrilinearParams& params, const TrilinearJob& job, int slice_cols)
+      : rank(static_cast<int>(ptx::cluster_rank())), cluster(static_cast<int>(ptx::cluster_size())) {
+    const int slices = (job.dim_c + slice_cols - 1) / slice_cols;
+    slice_groups = (slices + cluster - 1) / cluster;
+    heads = static_cast<int>(params.sizes.heads);
+    first = static_cast<int>(blockIdx.x) / cluster;
+    step = static_cast<int>(gridDim.x) / cluster;
+    count = static_cast<int>(params.num_units) * heads * slice_groups;
+  }
+
+  // Slices fastest, then heads, then units. Whole warps, every lane with the same index.
+  __device__ Item item(const TrilinearParams& params, const TrilinearJob& job, int index, int slice_cols) const {
+    const int unit_idx = index / slice_groups / heads;
+    const simt::Unit unit = simt::find_unit(params, unit_idx);
+    Item item;
+    item.unit = unit_idx;
+    item.sequence = static_cast<int>(unit.sequence);
+    item.batch = static_cast<int>(unit.batch);
+    item.head = index / slice_groups % heads;
+    item.row_begin = static_cast<int>(unit.row_begin);
+    item.length = static_cast<int>(unit.length);
+    item.first_col = (index % slice_groups * cluster + rank) * slice_cols;
+    item.num_chunks = (item.length + kChunk - 1) / kChunk;
+    item.is_valid = unit.valid;
+    item.reverse = job.reverse;
+    item.is_last = simt::ends_sweep(unit, job.reverse);
+    return item;
+  }
+};
+
+// Chunks back from a segment's end (in the order of the sweep) that its local state needs: what is further back has
+// decayed under 2^-40, which no result of 16 bits can show unless inputs differ by more than 2^30 in magnitude.
+__device__ inline int window_chunks(float slope, int num_chunks) {
+  constexpr float kNatsOfWindow = 40 * 0.6931472f;
+  const float chunks = kNatsOfWindow / (slope * kChunk) + 1;
+  return chunks < static_cast<float>(num_chunks) ? static_cast<int>(chunks) + 1 : num_chunks;
+}
+
+// A ring position: stage and the parity of its barriers.
+template <int kStages>
+struct Ring {
+  int stage = 0;
+  uint32_t parity = 0;
+  __device__ __forceinline__ void advance() {
+    if (++stage == kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// One thread starts the copy of a [64, kCols] tile from column `first_col` on.
+template <class Tile>
+__device__ __forceinline__ void load_tile(uint32_t tile, const CUtensorMap* map, uint32_t barrier, ptx::TmaBox box,
+                                          int first_col) {
+  box.col = first_col;
+#pragma unroll
+  for (int block = 0; block < Tile::kBlocks; ++block, box.col += 64)
+    ptx::tma_load(tile + block * Tile::kBlockBytes, map, barrier, box);
+}
+
+// The same of a tile that every block of the cluster wants: each block copies its share of the rows to all of them.
+// The map's boxes have 64 / cluster rows.
+template <class Tile>
+__device__ __forceinline__ void load_tile_shared(uint32_t tile, const CUtensorMap* map, uint32_t barrier,
+                                                 ptx::TmaBox box, int rank, int cluster) {
+  if (cluster == 1) {
+    load_tile<Tile>(tile, map, barrier, box, 0);
+    return;
+  }
+  const int rows = kChunk / cluster;
+  box.row += rank * rows;
+#pragma unroll
+  for (int block = 0; block < Tile::kBlocks; ++block, box.col += 64)
+    ptx::tma_load_multicast(tile + block * Tile::kBlockBytes + rank * rows * 128, map, barrier, box,
+                            static_cast<uint16_t>((1 << cluster) - 1));
+}
+
+// One warp zeroes rows [rows, 64): behind the end of a packed sequence stands the next one.
+template <class Tile>
+__device__ __forceinline__ void clear_rows(uint32_t tile, int rows, int lane) {
+  for (int row = rows; row < Tile::kRows; ++row)
+    for (int unit = lane; unit < Tile::kCols / 8; unit += 32) {
+      const uint32_t to = tile + (unit >> 3) * Tile::kBlockBytes + row * 128 + (unit & 7) * 16;
+      *static_cast<uint4*>(__cvta_shared_to_generic(to)) = {0, 0, 0, 0};
+    }
+}
+
+// Bytes of a row-strided matrix's 16 rows of this warp from their place in `tile`, rows < `rows` and columns < `cols`.
+template <class Tile, class T>
+__device__ __forceinline__ void store_rows_directly(T* to, int64_t stride, uint32_t tile, int first_row, int rows,
+                                                    int cols, int lane) {
+  constexpr int kUnits = Tile::kCols / 8;
+  for (int i = lane; i < 16 * kUnits; i += 32) {
+    const int row = first_row + i / kUnits, unit = i % kUnits;
+    if (row >= rows || unit * 8 >= cols) continue;
+    *reinterpret_cast<uint4*>(to + row * stride + unit * 8) =
+        *static_cast<const uint4*>(__cvta_shared_to_generic(tile + Tile::offset(row, unit)));
+  }
+}
+
+}  // namespace la2::sm90
