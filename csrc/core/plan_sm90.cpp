@@ -55,9 +55,7 @@ Status plan_sm90(const Problem& p, const DeviceProps& device, const Forced& forc
   if (p.slope_grad) return Status::error("LA2_PLAN: family sm90 has no slope gradient, expected sm80");
 
   const double rows = static_cast<double>(p.batch * p.heads * p.length) * kBytes;
-  const auto narrow = [&](int64_t dim) { return dim <= 64 ? 64 : 128; };
   const bool is_fused = p.backward && p.dim_k <= 128 && p.dim_v <= 128;
-  const int tile = std::max(narrow(p.dim_k), narrow(p.dim_v));
   bool found = false;
   for (const int slice : {128, 64}) {
     if (forced.slice != 0 && forced.slice != slice) continue;
@@ -97,9 +95,9 @@ Status plan_sm90(const Problem& p, const DeviceProps& device, const Forced& forc
       } else if (is_fused) {
         if (slice == 128 && p.dim_k <= 64) continue;
         candidate.is_fused = true;
-        candidate.tiles[0] = {tile, tile, kChunk};
+        candidate.tiles[0] = {tile_a_for(p.dim_v), tile_a_for(p.dim_k), kChunk};  // of dk
         candidate.max_blocks[0] = p.packed ? 0 : resident_blocks(device, 1);
-        us += launch_us(device, units, 1, chunks, tile == 64 ? kFused64 : kFused128,
+        us += launch_us(device, units, 1, chunks, std::max(p.dim_k, p.dim_v) <= 64 ? kFused64 : kFused128,
                         rows * 3 * static_cast<double>(p.dim_k + p.dim_v)) +
               kNextUs;
         if (!add(1, p.dim_v, p.dim_k, slice, 1)) continue;

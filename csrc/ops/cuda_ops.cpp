@@ -80,9 +80,8 @@ void launch(const Attention& args, const Plan& plan, int which, const TrilinearP
     // which has waited for the combine pass.
     options.overlaps = params.is_cut || which > 0;
     options.reads_previous = params.is_cut && (which == 0 || !plan.is_fused);
-    error = plan.is_fused && which == 0
-                ? sm90::launch_key_value_gradients(params, args.dtype, tile.tile_a, options, stream)
-                : sm90::launch_trilinear(params, {args.dtype, tile.tile_a, tile.slice, gradients}, options, stream);
+    const bool both = plan.is_fused && which == 0;
+    error = sm90::launch_trilinear(params, {args.dtype, tile.tile_a, tile.slice, gradients, both}, options, stream);
   } else if (plan.family == Family::kSm80) {
     error = sm80::launch_trilinear(params, {args.dtype, tile.tile_a, tile.slice, gradients, slope_grad}, false, stream);
   } else {
@@ -101,7 +100,7 @@ void enter_segments(const Attention& args, const Plan& plan, const TrilinearPara
     sm90::LaunchOptions options;
     options.cluster = plan.state_cluster;
     options.state_only = true;
-    error = sm90::launch_trilinear(params, {args.dtype, tile.tile_a, tile.slice, gradients}, options, stream);
+    error = sm90::launch_trilinear(params, {args.dtype, tile.tile_a, tile.slice, gradients, false}, options, stream);
   } else if (plan.family == Family::kSm80) {
     error = sm80::launch_trilinear(params, {args.dtype, tile.tile_a, tile.slice, gradients, false}, true, stream);
   } else {
@@ -233,7 +232,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_o
   dv_job.dim_c = dk_job.dim_a;
   dv_job.initial = state(grad_state);
   dv_job.local = transposed(dk_job.local);
-  if (initial_state) dv_job.final = mutable_state(dinitial_state);
+  // The gradient of the initial state is the last state of either.
+  if (initial_state && plan.is_fused) dk_job.final = transposed(mutable_state(dinitial_state));
+  if (initial_state && !plan.is_fused) dv_job.final = mutable_state(dinitial_state);
 
   if (wants_dslope) {
     char* const base = static_cast<char*>(dots.mutable_data_ptr());
@@ -253,7 +254,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_o
   params.jobs[1] = dk_job;
   enter_segments(args, plan, params, true, device.stream());
   if (plan.is_fused) {
-    launch_jobs(0, {&dv_job, &dk_job});
+    launch_jobs(0, {&dk_job, &dv_job});
     launch_jobs(1, {&dq_job});
   } else if (plan.num_launches == 1) {
     launch_jobs(0, {&dq_job, &dk_job, &dv_job});

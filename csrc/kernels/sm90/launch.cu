@@ -7,13 +7,12 @@ namespace la2::sm90 {
 #define LA2_INSTANCE(name, ...)                                                                     \
   cudaError_t LA2_INSTANCE_FUNCTION(name)(const TrilinearParams& params, const TrilinearMaps& maps, \
                                           const LaunchOptions& options, cudaStream_t stream);
-#include "launch_fused_instance.inc"
 #include "launch_instance.inc"
 #undef LA2_INSTANCE
 
 namespace {
 
-// The dtypes as the lists of instances name them.
+// The dtypes as the list of instances names them.
 constexpr DType bf16 = DType::kBFloat16, fp16 = DType::kFloat16;
 
 using Launch = cudaError_t (*)(const TrilinearParams&, const TrilinearMaps&, const LaunchOptions&, cudaStream_t);
@@ -23,19 +22,9 @@ struct Entry {
   Launch launch;
 };
 constexpr Entry kEntries[] = {
-#define LA2_INSTANCE(name, dtype, tile_a, slice, split) {{dtype, tile_a, slice, split}, &LA2_INSTANCE_FUNCTION(name)},
+#define LA2_INSTANCE(name, dtype, tile_a, slice, split, both) \
+  {{dtype, tile_a, slice, split, both}, &LA2_INSTANCE_FUNCTION(name)},
 #include "launch_instance.inc"
-#undef LA2_INSTANCE
-};
-
-struct FusedEntry {
-  DType dtype;
-  int tile;
-  Launch launch;
-};
-constexpr FusedEntry kFusedEntries[] = {
-#define LA2_INSTANCE(name, dtype, tile) {dtype, tile, &LA2_INSTANCE_FUNCTION(name)},
-#include "launch_fused_instance.inc"
 #undef LA2_INSTANCE
 };
 
@@ -68,21 +57,11 @@ cudaError_t launch_trilinear(const TrilinearParams& params, const Instance& want
                              cudaStream_t stream) {
   for (const Entry& entry : kEntries) {
     const Instance& i = entry.instance;
-    if (i.dtype != wanted.dtype || i.tile_a != wanted.tile_a || i.slice != wanted.slice || i.split != wanted.split)
+    if (i.dtype != wanted.dtype || i.tile_a != wanted.tile_a || i.slice != wanted.slice || i.split != wanted.split ||
+        i.both != wanted.both)
       continue;
     TrilinearMaps maps{};
     if (const cudaError_t error = make_maps(params, wanted.dtype, options, &maps); error != cudaSuccess) return error;
-    return entry.launch(params, maps, options, stream);
-  }
-  return cudaErrorInvalidDeviceFunction;
-}
-
-cudaError_t launch_key_value_gradients(const TrilinearParams& params, DType dtype, int tile,
-                                       const LaunchOptions& options, cudaStream_t stream) {
-  for (const FusedEntry& entry : kFusedEntries) {
-    if (entry.dtype != dtype || entry.tile != tile) continue;
-    TrilinearMaps maps{};
-    if (const cudaError_t error = make_maps(params, dtype, options, &maps); error != cudaSuccess) return error;
     return entry.launch(params, maps, options, stream);
   }
   return cudaErrorInvalidDeviceFunction;

@@ -17,11 +17,12 @@ struct TrilinearMaps {
   JobMaps jobs[kMaxJobs];
 };
 
-// Which instance: Da rounded up to tile_a, slices of Dc, operands split in two for gradients.
+// Which instance: Da rounded up to tile_a, slices of Dc, operands split in two for gradients; both: jobs[1] is
+// T(a', c, b) where jobs[0] is T(a, b, c), sweeps alike and is computed along with it, from the same state (dk and dv).
 struct Instance {
   DType dtype;
   int tile_a, slice;
-  bool split;
+  bool split, both;
 };
 
 struct LaunchOptions {
@@ -35,10 +36,5 @@ struct LaunchOptions {
 // Rows must be 16-byte aligned (base, strides). cudaErrorInvalidDeviceFunction: no such instance was built.
 cudaError_t launch_trilinear(const TrilinearParams& params, const Instance& instance, const LaunchOptions& options,
                              cudaStream_t stream);
-
-// params.jobs[0]: dv = T_rev(k, q, dout), whose state is the one that counts; params.jobs[1]: dk = T_rev(v, dout, q).
-// Dims up to `tile`, 64 or 128.
-cudaError_t launch_key_value_gradients(const TrilinearParams& params, DType dtype, int tile,
-                                       const LaunchOptions& options, cudaStream_t stream);
 
 }  // namespace la2::sm90

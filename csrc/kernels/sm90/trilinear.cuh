@@ -12,13 +12,16 @@ namespace la2::sm90 {
 
 // kTileA: Da rounded up, the missing columns read as zero. kSlice: the columns of Dc of a block.
 // kSplit: the two operands that are rounded from float32, the state and the weighted c, go in as a sum of two 16-bit
-// numbers. The gradients need it for an error below that of their own rounding (../DESIGN.md); out does not. A slice of
-// 128 has no registers for the second half of c, and is for dq, which does without.
-template <class T_, int kTileA_, int kSlice_, bool kSplit_>
+// numbers. The gradients need it for an error below that of their own rounding (../DESIGN.md); out does not. dq does
+// without the second half of c, for which a slice of 128 has no registers to spare (kSplitsValues).
+// kBoth: a second job runs along, T(a', c, b) beside T(a, b, c), whose state is the transposed of the first one's: dv
+// beside dk. One slice is all of Dc then.
+template <class T_, int kTileA_, int kSlice_, bool kSplit_, bool kBoth_ = false>
 struct Config {
   using T = T_;
   static constexpr int kTileA = kTileA_, kSlice = kSlice_;
-  static constexpr bool kSplit = kSplit_, kSplitsValues = kSplit && kSlice == 64;
+  static constexpr bool kSplit = kSplit_, kBoth = kBoth_;
+  static constexpr bool kSplitsValues = kSplit && (kSlice == 64 || kBoth);
   static constexpr bool kNeedsRange = std::is_same<T, __half>::value;  // 65504 ends it, and a state may not
 
   using TileA = tile::SwizzledTile<T, kChunk, kTileA>;
@@ -31,8 +34,9 @@ struct Config {
 
   // What fits into 227 KB: a second buffer of the state where its operand is not split, then stages, at most 4.
   static constexpr int kStateBuffers = kSplit ? 1 : 2;
-  static constexpr int kStageBytes = 2 * TileA::kBytes + TileC::kBytes;
-  static constexpr int kFixedBytes = kStateBuffers * kParts * TileZ::kBytes + TileC::kBytes;
+  static constexpr int kStageBytes = 2 * TileA::kBytes + (kBoth ? 2 : 1) * TileC::kBytes;
+  static constexpr int kOutBytes = TileC::kBytes + (kBoth ? TileA::kBytes : 0);
+  static constexpr int kFixedBytes = kStateBuffers * kParts * TileZ::kBytes + kOutBytes;
   static constexpr int kStagesThatFit = (224 * 1024 - kFixedBytes) / kStageBytes;
   static constexpr int kStages = kStagesThatFit < 4 ? kStagesThatFit : 4;
   static_assert(kStages >= 2);
@@ -40,8 +44,9 @@ struct Config {
 
 template <class Cfg>
 struct Stage {
-  typename Cfg::TileA a, b;  // [C, Da]
-  typename Cfg::TileC c;     // [C, slice]
+  typename Cfg::TileA a, b;                  // [C, Da]
+  typename Cfg::TileC c;                     // [C, slice]
+  typename Cfg::TileC second_a[Cfg::kBoth];  // [C, Dc]: a of the second job, whose b is c and whose c is b
 };
 
 // Arrivals: the copy engine's bytes and the producer (full, tail); every consumer warp of the cluster (empty); every
@@ -51,6 +56,7 @@ struct SharedStorage {
   Stage<Cfg> stages[Cfg::kStages];
   typename Cfg::TileZ state[Cfg::kStateBuffers][Cfg::kParts];  // Z^T [slice, Da] as it enters a chunk
   typename Cfg::TileC out[1];                                  // [C, slice] on its way to memory
+  typename Cfg::TileA second_out[Cfg::kBoth];                  // [C, Da]
   tile::Decay<kChunk> decay_of_output, decay_of_state;         // the two roles may be an item apart
   float range_undo[Cfg::kStateBuffers];                        // fp16: the state's operand was divided by this
   float largest[4];
@@ -62,19 +68,19 @@ enum NamedBarrier { kOutputWarps = 1, kStateWarps = 2 };
 
 // ---- steps of the output warpgroup
 
-// out [C, slice] = a Z, issued.
-template <class Cfg>
-__device__ __forceinline__ void issue_inter(Accumulators<Cfg::kSlice / 2>& out, const Stage<Cfg>& stage,
-                                            const typename Cfg::TileZ (&state)[Cfg::kParts]) {
-  const tile::RowsOperand<typename Cfg::TileA> a(shared_address(&stage.a));
+// out [C, N] = a Z, issued; N are the rows of the stored Z^T (RowsOperand) or its columns (ColumnsOperand).
+template <class T, template <class> class Operand, class TileZ, int kParts, class Tile, int kRegs>
+__device__ __forceinline__ void issue_inter(Accumulators<kRegs>& out, const Tile& a_tile,
+                                            const TileZ (&state)[kParts]) {
+  const tile::RowsOperand<Tile> a(shared_address(&a_tile));
   ptx::pin_registers(out);
   ptx::wgmma_fence();
 #pragma unroll
-  for (int part = 0; part < Cfg::kParts; ++part) {
-    const tile::RowsOperand<typename Cfg::TileZ> z(shared_address(&state[part]));
+  for (int part = 0; part < kParts; ++part) {
+    const Operand<TileZ> z(shared_address(&state[part]));
 #pragma unroll
-    for (int k = 0; k < Cfg::kTileA / 16; ++k)
-      ptx::wgmma<typename Cfg::T, ptx::Major::kK, ptx::Major::kK>(out, a.step(k), z.step(k), k + part != 0);
+    for (int k = 0; k < Tile::kCols / 16; ++k)
+      ptx::wgmma<T, ptx::Major::kK, Operand<TileZ>::kMajor>(out, a.step(k), z.step(k), k + part != 0);
   }
   ptx::wgmma_commit();
 }
@@ -87,35 +93,53 @@ using StateAccumulators = float[Cfg::kSlice / 64][Cfg::kTileA / 2];
 // Z = lambda^rows Z + b^T diag(update lambda^n) c, as Z^T += (weighted c)^T b, in blocks of 64 columns of c.
 template <class Cfg>
 __device__ __forceinline__ void update_state(StateAccumulators<Cfg>& z, const Stage<Cfg>& stage,
-                                             const tile::Decay<kChunk>& decay, float factor, bool reverse, int rows,
+                                             const tile::Decay<kChunk>& powers, float factor, bool reverse, int rows,
                                              const WarpgroupLane& me) {
   using T = typename Cfg::T;
   constexpr int kBlocks = Cfg::kSlice / 64;
   const tile::ColumnsOperand<typename Cfg::TileA> b(shared_address(&stage.b));
-  const float* weights = token_weights(decay, reverse, rows, me);
-  const float lambda_rows = decay.ascending()[rows];
-  uint32_t weighted[kBlocks][kChunk / 16][4], rest[kBlocks][kChunk / 16][4];
-#pragma unroll
-  for (int block = 0; block < kBlocks; ++block)
-    weigh_columns<T, Cfg::kSplitsValues>(weighted[block], rest[block], stage.c, block, weights, factor, me);
-#pragma unroll
-  for (int block = 0; block < kBlocks; ++block) {
+  const float* weights = token_weights(powers, reverse, rows, me);
+  const float lambda_rows = powers.ascending()[rows];
+  auto decay = [&](int block) {
 #pragma unroll
     for (int i = 0; i < Cfg::kTileA / 2; ++i) z[block][i] *= lambda_rows;
     ptx::pin_registers(z[block]);
-  }
-  ptx::wgmma_fence();
-#pragma unroll
-  for (int block = 0; block < kBlocks; ++block)
+  };
+  auto issue = [&](int block, const uint32_t(&weighted)[kChunk / 16][4], const uint32_t(&rest)[kChunk / 16][4]) {
 #pragma unroll
     for (int k = 0; k < kChunk / 16; ++k) {
-      ptx::wgmma<T, ptx::Major::kMN>(z[block], weighted[block][k], b.step(k), 1);
-      if constexpr (Cfg::kSplitsValues) ptx::wgmma<T, ptx::Major::kMN>(z[block], rest[block][k], b.step(k), 1);
+      ptx::wgmma<T, ptx::Major::kMN>(z[block], weighted[k], b.step(k), 1);
+      if constexpr (Cfg::kSplitsValues) ptx::wgmma<T, ptx::Major::kMN>(z[block], rest[k], b.step(k), 1);
     }
-  ptx::wgmma_commit();
-  ptx::wgmma_wait<0>();
+  };
+  if constexpr (Cfg::kSplitsValues && kBlocks > 1) {
+    // One after the other: both at once would need too many registers.
 #pragma unroll
-  for (int block = 0; block < kBlocks; ++block) ptx::pin_registers(z[block]);
+    for (int block = 0; block < kBlocks; ++block) {
+      uint32_t weighted[kChunk / 16][4], rest[kChunk / 16][4];
+      weigh_columns<T, true>(weighted, rest, stage.c, block, weights, factor, me);
+      decay(block);
+      ptx::wgmma_fence();
+      issue(block, weighted, rest);
+      ptx::wgmma_commit();
+      ptx::wgmma_wait<0>();
+      ptx::pin_registers(z[block]);
+    }
+  } else {
+    uint32_t weighted[kBlocks][kChunk / 16][4], rest[kBlocks][kChunk / 16][4];
+#pragma unroll
+    for (int block = 0; block < kBlocks; ++block)
+      weigh_columns<T, Cfg::kSplitsValues>(weighted[block], rest[block], stage.c, block, weights, factor, me);
+#pragma unroll
+    for (int block = 0; block < kBlocks; ++block) decay(block);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int block = 0; block < kBlocks; ++block) issue(block, weighted[block], rest[block]);
+    ptx::wgmma_commit();
+    ptx::wgmma_wait<0>();
+#pragma unroll
+    for (int block = 0; block < kBlocks; ++block) ptx::pin_registers(z[block]);
+  }
 }
 
 // fp16: the factor that brings every |Z| of the block into range, and its inverse in `undo`; else 1.
@@ -162,10 +186,10 @@ __device__ __forceinline__ void for_each_state_element(StateAccumulators<Cfg>& z
 // Warp 0 of the producer warpgroup; lane 0 starts the copies.
 template <class Cfg>
 __device__ __forceinline__ void produce(SharedStorage<Cfg>& smem, const TrilinearParams& p, const TrilinearJob& job,
-                                        const JobMaps& maps, bool state_only) {
+                                        const JobMaps* maps, bool state_only) {
   const Schedule schedule(p, job, Cfg::kSlice);
   const int lane = threadIdx.x % 32;
-  const uint32_t bytes = (state_only ? 1 : 2) * Cfg::TileA::kBytes + Cfg::TileC::kBytes;
+  const uint32_t bytes = state_only ? Cfg::TileA::kBytes + Cfg::TileC::kBytes : sizeof(Stage<Cfg>);
   Ring<Cfg::kStages> ring;
   uint32_t tail_parity = 0;
   for (int index = schedule.first; index < schedule.count; index += schedule.step) {
@@ -186,12 +210,14 @@ __device__ __forceinline__ void produce(SharedStorage<Cfg>& smem, const Trilinea
       if (lane == 0) {
         const ptx::TmaBox box = item.box(chunk);
         ptx::mbarrier_arrive_expect(barrier, bytes);
-        load_tile_shared<typename Cfg::TileA>(shared_address(&stage.b), &maps.b, barrier, box, schedule.rank,
+        load_tile_shared<typename Cfg::TileA>(shared_address(&stage.b), &maps->b, barrier, box, schedule.rank,
                                               schedule.cluster);
         if (!state_only)
-          load_tile_shared<typename Cfg::TileA>(shared_address(&stage.a), &maps.a, barrier, box, schedule.rank,
+          load_tile_shared<typename Cfg::TileA>(shared_address(&stage.a), &maps->a, barrier, box, schedule.rank,
                                                 schedule.cluster);
-        load_tile<typename Cfg::TileC>(shared_address(&stage.c), &maps.c, barrier, box, item.first_col);
+        load_tile<typename Cfg::TileC>(shared_address(&stage.c), &maps->c, barrier, box, item.first_col);
+        if constexpr (Cfg::kBoth)
+          load_tile<typename Cfg::TileC>(shared_address(&stage.second_a[0]), &maps[1].a, barrier, box, 0);
       }
       if (clears) {
         ptx::mbarrier_wait(barrier, tail_parity);
@@ -238,7 +264,7 @@ __device__ __forceinline__ void write_outputs(SharedStorage<Cfg>& smem, const Tr
       const int stage = ring.stage, state = state_ring.stage;
       Accumulators<Cfg::kSlice / 2> out;
       ptx::mbarrier_wait(shared_address(&smem.state_full[state]), state_ring.parity);
-      issue_inter<Cfg>(out, smem.stages[stage], smem.state[state]);
+      issue_inter<T, tile::RowsOperand>(out, smem.stages[stage].a, smem.state[state]);
       uint32_t masked[kChunk / 16][4];
       mask_scores<T>(masked, scores, along, intra, me);
       const float* row_decay = row_weights(along, reverse, rows, me);
@@ -268,6 +294,95 @@ __device__ __forceinline__ void write_outputs(SharedStorage<Cfg>& smem, const Tr
       ptx::wgmma_wait<0>();
       ptx::pin_registers(scores);
       if (!has_next) release_stage(smem.empty[stage], schedule.cluster, me.lane);
+    }
+  }
+  if (me.lane == 0) ptx::tma_store_wait();
+}
+
+// The outputs of both jobs, in turns: while one is scaled, masked or stored, the tensor core has the other.
+template <class Cfg>
+__device__ __forceinline__ void write_both_outputs(SharedStorage<Cfg>& smem, const TrilinearParams& p,
+                                                   const JobMaps* maps) {
+  using T = typename Cfg::T;
+  const TrilinearJob &first = p.jobs[0], &second = p.jobs[1];
+  const Schedule schedule(p, first, Cfg::kSlice);
+  const WarpgroupLane me;
+  const bool reverse = first.reverse;
+  const bool is_packed = p.cu_seqlens.data != nullptr;
+  const float inter = static_cast<float>(first.inter), intra = static_cast<float>(first.intra);
+  Ring<Cfg::kStages> ring;
+  Ring<Cfg::kStateBuffers> state_ring;
+  for (int index = schedule.first; index < schedule.count; index += schedule.step) {
+    const Item item = schedule.item(p, first, index, Cfg::kSlice);
+    if (!item.is_valid) break;
+    if (item.num_chunks == 0) continue;
+    ptx::named_barrier_sync(kOutputWarps, 128);  // nobody reads the last item's powers any more
+    smem.decay_of_output.fill(simt::slope_of<float>(p, item.sequence, item.head), threadIdx.x % 128, 128);
+    ptx::named_barrier_sync(kOutputWarps, 128);
+    const float* along = smem.decay_of_output.along(reverse);
+
+    uint32_t masked[kChunk / 16][4], second_masked[kChunk / 16][4];
+    {
+      Accumulators<kChunk / 2> scores, second_scores;
+      ptx::mbarrier_wait(shared_address(&smem.full[ring.stage]), ring.parity);
+      const Stage<Cfg>& stage = smem.stages[ring.stage];
+      issue_scores<T>(scores, stage.a, stage.b);
+      issue_scores<T>(second_scores, stage.second_a[0], stage.c);
+      ptx::wgmma_wait<0>();
+      ptx::pin_registers(scores);
+      ptx::pin_registers(second_scores);
+      mask_scores<T>(masked, scores, along, intra, me);
+      mask_scores<T>(second_masked, second_scores, along, intra, me);
+    }
+    for (int step = 0; step < item.num_chunks; ++step) {
+      const int chunk = item.chunk_at(step), rows = item.rows_of(chunk);
+      const int stage_idx = ring.stage, state = state_ring.stage;
+      const Stage<Cfg>& stage = smem.stages[stage_idx];
+      Accumulators<Cfg::kSlice / 2> out;
+      Accumulators<Cfg::kTileA / 2> second_out;
+      ptx::mbarrier_wait(shared_address(&smem.state_full[state]), state_ring.parity);
+      issue_inter<T, tile::RowsOperand>(out, stage.a, smem.state[state]);
+      issue_inter<T, tile::ColumnsOperand>(second_out, stage.second_a[0], smem.state[state]);
+      const float* row_decay = row_weights(along, reverse, rows, me);
+      float factor = inter;
+      if constexpr (Cfg::kNeedsRange) factor *= smem.range_undo[state];
+      const float upper = factor * row_decay[0], lower = factor * row_decay[8];
+      ptx::wgmma_wait<1>();
+      ptx::pin_registers(out);
+      scale_rows(out, upper, lower);
+      issue_intra<T>(out, masked, stage.c);
+      ptx::wgmma_wait<1>();
+      ptx::pin_registers(second_out);
+      __syncwarp();
+      if (me.lane == 0) ptx::mbarrier_arrive(shared_address(&smem.state_empty[state]));
+      state_ring.advance();
+      scale_rows(second_out, upper, lower);
+      issue_intra<T>(second_out, second_masked, stage.b);
+
+      // Behind the last chunk the scores are computed once more, unused: products in flight across a branch would be
+      // serialised.
+      ring.advance();
+      const bool has_next = step + 1 < item.num_chunks;
+      if (has_next) ptx::mbarrier_wait(shared_address(&smem.full[ring.stage]), ring.parity);
+      const Stage<Cfg>& next = smem.stages[has_next ? ring.stage : stage_idx];
+      Accumulators<kChunk / 2> scores;
+      issue_scores<T>(scores, next.a, next.b);
+      ptx::wgmma_wait<2>();
+      ptx::pin_registers(out);
+      store_out<T>(smem.out, out, maps[0].out, first, item, chunk, is_packed, me);
+      ptx::wgmma_wait<1>();
+      ptx::pin_registers(second_out);
+      if (has_next) release_stage(smem.empty[stage_idx], schedule.cluster, me.lane);
+      Accumulators<kChunk / 2> second_scores;
+      issue_scores<T>(second_scores, next.second_a[0], next.c);
+      store_out<T>(smem.second_out, second_out, maps[1].out, second, item, chunk, is_packed, me);
+      ptx::wgmma_wait<1>();
+      ptx::pin_registers(scores);
+      mask_scores<T>(masked, scores, along, intra, me);
+      ptx::wgmma_wait<0>();
+      ptx::pin_registers(second_scores);
+      mask_scores<T>(second_masked, second_scores, along, intra, me);
+      if (!has_next) release_stage(smem.empty[stage_idx], schedule.cluster, me.lane);
     }
   }
   if (me.lane == 0) ptx::tma_store_wait();
@@ -365,7 +480,7 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
   extern __shared__ __align__(1024) char raw[];
   SharedStorage<Cfg>& smem = *reinterpret_cast<SharedStorage<Cfg>*>(raw);
   const TrilinearJob& job = p.jobs[blockIdx.y];
-  const JobMaps& job_maps = maps.jobs[blockIdx.y];
+  const JobMaps* job_maps = &maps.jobs[blockIdx.y];
   const int cluster = static_cast<int>(ptx::cluster_size());
 
   if (threadIdx.x == 0) {
@@ -381,8 +496,8 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
       ptx::mbarrier_init(shared_address(&smem.state_empty[i]), kWarpsOfRole);
     }
     ptx::mbarrier_init_fence();
-    ptx::tma_prefetch_map(&job_maps.b);
-    ptx::tma_prefetch_map(&job_maps.c);
+    ptx::tma_prefetch_map(&job_maps->b);
+    ptx::tma_prefetch_map(&job_maps->c);
   }
   __syncthreads();
   ptx::launch_dependents();
@@ -394,7 +509,11 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
     if (threadIdx.x < 32) produce<Cfg>(smem, p, job, job_maps, state_only);
   } else if (role == 1) {
     ptx::registers_acquire<Cfg::kConsumerRegisters>();
-    if (!state_only) write_outputs<Cfg>(smem, p, job, job_maps);
+    if constexpr (Cfg::kBoth) {
+      write_both_outputs<Cfg>(smem, p, job_maps);
+    } else {
+      if (!state_only) write_outputs<Cfg>(smem, p, job, *job_maps);
+    }
   } else {
     ptx::registers_acquire<Cfg::kConsumerRegisters>();
     carry_state<Cfg>(smem, p, job, state_only, reads_previous);
