@@ -150,7 +150,7 @@ Candidate evaluate(const Problem& p, const DeviceProps& device, Family family,
   plan.family = family;
   plan.num_launches = static_cast<int>(launches.size());
   for (size_t i = 0; i < tiles.size(); ++i) plan.tiles[i] = tiles[i]->tile;
-  plan.state_tile = plan.tiles[0];
+  plan.state_tiles[0] = plan.tiles[0];
   const bool cut = cut_into_segments(p, segments, &plan);
   if (p.slope_grad) {
     const int64_t slots = p.batch * p.length / plan.tiles[0].chunk + p.num_seqs;
@@ -266,11 +266,10 @@ std::string describe(const Problem& p, const DeviceProps& device, const Plan& pl
   line << ", " << plan.num_segments << (plan.num_segments == 1 ? " segment of " : " segments of ") << plan.segment_len
        << ", " << plan.num_units << " units";
   char number[64];
-  std::snprintf(number, sizeof number, ", workspace %.2f MiB, predicted %.0f us",
-                static_cast<double>((plan.local_states * p.heads * p.dim_k * p.dim_v + plan.dot_floats) *
-                                    (p.dtype == DType::kFloat64 ? 8 : 4)) /
-                    (1024.0 * 1024.0),
-                plan.predicted_us);
+  std::snprintf(
+      number, sizeof number, ", workspace %.2f MiB, predicted %.0f us",
+      static_cast<double>(workspace_floats(p, plan) * (p.dtype == DType::kFloat64 ? 8 : 4)) / (1024.0 * 1024.0),
+      plan.predicted_us);
   line << number;
   return line.str();
 }

@@ -40,15 +40,18 @@ struct Plan {
   int num_launches = 0;
   Tile tiles[2];
   bool is_fused = false;
-  Tile state_tile;           // of the state pass
-  int clusters[2] = {1, 1};  // sm90: neighbouring slices of a head that share their copies of a and b, by launch
-  int state_cluster = 1;
+  int clusters[2] = {1, 1};        // sm90: neighbouring slices of a head that share their copies of a and b, by launch
   int64_t max_blocks[2] = {0, 0};  // sm90: of a job; they take turns at the items. 0: a block for each item
   int64_t segment_len = 0;         // tokens, a multiple of every chunk; one segment: at least the longest sequence
   int64_t num_segments = 1;        // of the longest possible sequence
   int64_t num_units = 0;           // bound on segments over all sequences
   int64_t local_states = 0;        // of [H, D, E] in the workspace (0: one segment)
   int64_t dot_floats = 0;          // slope gradient: elements of the workspace for dq's and dk's dots
+  // The state pass before launch 0 (jobs dq and dk, whose states dv shares) and, sm90 without is_fused, before
+  // launch 1.
+  Tile state_tiles[2];
+  int state_clusters[2] = {1, 1};
+  int64_t state_floats[2] = {0, 0};  // sm90: of one head's state, in the family's own order (0: [D, E])
   double predicted_us = 0;
 };
 

@@ -52,6 +52,13 @@ inline int64_t busy_units(const Problem& p, const Plan& plan) {
   return p.packed ? std::max<int64_t>(1, ceil_div(p.length, plan.segment_len)) : plan.num_units;
 }
 
+// Elements of the workspace: local states and dots.
+inline int64_t workspace_floats(const Problem& p, const Plan& plan) {
+  const int64_t state =
+      plan.state_floats[0] != 0 ? std::max(plan.state_floats[0], plan.state_floats[1]) : p.dim_k * p.dim_v;
+  return plan.local_states * p.heads * state + plan.dot_floats;
+}
+
 inline double combine_us(const Problem& p, const Plan& plan) {
   const int64_t bytes = 8 * plan.local_states * p.heads * p.dim_k * p.dim_v;
   return static_cast<double>(bytes) / (kCombineGBs * 1e3);

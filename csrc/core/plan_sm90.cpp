@@ -68,12 +68,6 @@ Status plan_sm90(const Problem& p, const DeviceProps& device, const Forced& forc
       const double read_share =
           1.0 - 1.0 / static_cast<double>(candidate.num_segments);  // the last segment's state nobody needs
 
-      // The state pass, of S = sum k v^T (forward, dq) and of sum q dout^T (dk, dv).
-      const int64_t state_a = p.backward ? p.dim_v : p.dim_k, state_c = p.backward ? p.dim_k : p.dim_v;
-      const int state_slice = p.backward || state_c <= 64 || state_a > 128 ? 64 : 128;
-      candidate.state_tile = {tile_a_for(state_a), state_slice, kChunk};
-      candidate.state_cluster = cluster_for(candidate.state_tile.tile_a, ceil_div(state_c, state_slice));
-
       double us = kFirstUs;
       auto add = [&](int launch, int64_t dim_a, int64_t dim_c, int wanted_slice, int jobs) -> bool {
         const Sm90Cost* cost = find(tile_a_for(dim_a), wanted_slice);
@@ -107,13 +101,28 @@ Status plan_sm90(const Problem& p, const DeviceProps& device, const Forced& forc
         us += kNextUs;
       }
       if (cut) {
-        const Tile& t = candidate.state_tile;
-        const int jobs = p.backward ? 2 : 1;
-        const int64_t items = units * ceil_div(state_c, t.slice) * jobs;
-        us += kCutUs + kNextUs + combine_us(p, candidate) +
-              launch_us(device, static_cast<int64_t>(static_cast<double>(items) * read_share), candidate.state_cluster,
-                        chunks, find(t.tile_a, t.slice)->state_only,
-                        rows * jobs * read_share * static_cast<double>(p.dim_k + p.dim_v));
+        us += kCutUs + kNextUs;
+        auto add_states = [&](int launch, int64_t dim_a, int64_t dim_c, int jobs) {
+          const int tile_a = tile_a_for(dim_a), slice_c = dim_c <= 64 || tile_a > 128 ? 64 : 128;
+          const int64_t slices = ceil_div(dim_c, slice_c);
+          const int cluster = cluster_for(tile_a, slices);
+          candidate.state_tiles[launch] = {tile_a, slice_c, kChunk};
+          candidate.state_clusters[launch] = cluster;
+          candidate.state_floats[launch] = tile_a * ceil_div(dim_c, 64) * 64;
+          const double items = static_cast<double>(units * slices * jobs) * read_share;
+          us += launch_us(device, static_cast<int64_t>(items), cluster, chunks, find(tile_a, slice_c)->state_only,
+                          rows * jobs * read_share * static_cast<double>(dim_a + dim_c));
+        };
+        if (!p.backward) {
+          add_states(0, p.dim_k, p.dim_v, 1);
+        } else {
+          add_states(0, p.dim_v, p.dim_k, 2);
+        }
+        if (p.backward && !is_fused) {  // dv's state is dk's transposed, which this family's order does not give
+          add_states(1, p.dim_k, p.dim_v, 1);
+          candidate.local_states += candidate.num_units;
+        }
+        us += combine_us(p, candidate);
       }
       candidate.predicted_us = us;
       const bool more_segments = candidate.num_segments > plan->num_segments;

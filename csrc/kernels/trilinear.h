@@ -61,6 +61,9 @@ struct TrilinearParams {
   int64_t segment_len;
   int64_t num_units;
   bool is_cut;  // some sequence may have more than one segment: the passes before the main one were run
+  // job.local is in the family's own order: `local_floats` of a unit and head, one behind the other (0: [Da, Dc]), and
+  // the first segment's state has the initial one in it, so that the combine pass need not know it.
+  int64_t local_floats;
 };
 
 // Chunk slots of the slope gradient's dots: the chunks of a sequence that starts at token `start` are

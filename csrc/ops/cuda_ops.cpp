@@ -90,15 +90,17 @@ void launch(const Attention& args, const Plan& plan, int which, const TrilinearP
   check_cuda(args.op, "launching the kernel", error);
 }
 
-// Where sequences are cut: the state that enters each segment, from the state pass and its combination.
-void enter_segments(const Attention& args, const Plan& plan, const TrilinearParams& params, bool gradients,
+// Where sequences are cut: the states that enter each segment in the jobs of launch `which`, from the state pass and
+// its combination.
+void enter_segments(const Attention& args, const Plan& plan, int which, TrilinearParams& params, bool gradients,
                     cudaStream_t stream) {
   if (!params.is_cut) return;
-  const Tile& tile = plan.state_tile;
+  const Tile& tile = plan.state_tiles[which];
   cudaError_t error;
   if (plan.family == Family::kSm90) {
+    params.local_floats = plan.state_floats[which];
     sm90::LaunchOptions options;
-    options.cluster = plan.state_cluster;
+    options.cluster = plan.state_clusters[which];
     options.state_only = true;
     error = sm90::launch_trilinear(params, {args.dtype, tile.tile_a, tile.slice, gradients, false}, options, stream);
   } else if (plan.family == Family::kSm80) {
@@ -108,7 +110,7 @@ void enter_segments(const Attention& args, const Plan& plan, const TrilinearPara
   }
   check_cuda(args.op, "launching the state pass", error);
   check_cuda(args.op, "launching the combine pass",
-             simt::launch_combine(params, args.dtype == DType::kFloat64, stream));
+             simt::launch_combine(params, args.dtype == DType::kFloat64, plan.family == Family::kSm90, stream));
 }
 
 TrilinearParams common_params(const Attention& args, const Plan& plan) {
@@ -122,10 +124,15 @@ TrilinearParams common_params(const Attention& args, const Plan& plan) {
   return params;
 }
 
-// A state per unit, [num_units, H, dim_d, dim_e].
-Tensor empty_local_states(const Attention& args, const Plan& plan, int64_t dim_d, int64_t dim_e) {
+// A state [dim_a, dim_c] per unit and head for the jobs of launch `which`: [num_units, H, floats].
+Tensor empty_local_states(const Attention& args, const Plan& plan, int which, int64_t dim_a, int64_t dim_c) {
   const int64_t units = plan.num_segments > 1 ? plan.num_units : 0;
-  return empty_contiguous(args.q, {units, args.sizes.heads, dim_d, dim_e}, args.accumulation);
+  const int64_t own = plan.state_floats[which];
+  return empty_contiguous(args.q, {units, args.sizes.heads, own != 0 ? own : dim_a * dim_c}, args.accumulation);
+}
+
+MutableState local_state(const Tensor& t, int64_t dim_c) {
+  return {t.mutable_data_ptr(), t.stride(0), t.stride(1), dim_c, 1};
 }
 
 State transposed(const State& s) { return {s.data, s.stride_s, s.stride_h, s.stride_e, s.stride_d}; }
@@ -134,9 +141,8 @@ MutableState transposed(const MutableState& s) { return {s.data, s.stride_s, s.s
 void run_forward(const Attention& args, const Tensor& out, const Tensor* final_state) {
   const Device device(args.op, args.q);
   const Plan plan = plan_for(args, false, false, device);
-  const Tensor local = empty_local_states(args, plan, args.sizes.dim_k, args.sizes.dim_v);
-
   TrilinearParams params = common_params(args, plan);
+  const Tensor local = empty_local_states(args, plan, 0, args.sizes.dim_k, args.sizes.dim_v);
   params.num_jobs = 1;
   TrilinearJob& job = params.jobs[0];  // out = T(q, k, v)
   job.a = rows(args.q);
@@ -149,8 +155,8 @@ void run_forward(const Attention& args, const Tensor& out, const Tensor* final_s
   job.update = 1;
   job.initial = state(args.initial_state);
   if (final_state) job.final = mutable_state(*final_state);
-  job.local = mutable_state(local);
-  enter_segments(args, plan, params, false, device.stream());
+  job.local = local_state(local, args.sizes.dim_v);
+  enter_segments(args, plan, 0, params, false, device.stream());
   launch(args, plan, 0, params, false, false, device.stream());
 }
 
@@ -193,11 +199,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_o
 
   const Device device(args.op, args.q);
   const Plan plan = plan_for(args, true, wants_dslope, device);
-  const Tensor local_dq = empty_local_states(args, plan, s.dim_v, s.dim_k);
-  const Tensor local_dk = empty_local_states(args, plan, s.dim_v, s.dim_k);
+  TrilinearParams params = common_params(args, plan);
+  const Tensor local_dq = empty_local_states(args, plan, 0, s.dim_v, s.dim_k);
+  const Tensor local_dk = empty_local_states(args, plan, 0, s.dim_v, s.dim_k);
+  const bool shares_states = plan.family != Family::kSm90 || plan.is_fused;  // dv with dk
+  const Tensor local_dv =
+      shares_states ? empty_contiguous(q, {0}, args.accumulation) : empty_local_states(args, plan, 1, s.dim_k, s.dim_v);
   const Tensor dots = empty_contiguous(q, {2, plan.dot_floats / 2}, args.accumulation);
 
-  TrilinearParams params = common_params(args, plan);
   TrilinearJob dq_job{};  // dq = T(dout, v, k)
   dq_job.a = rows(grad_rows);
   dq_job.b = rows(args.v);
@@ -208,7 +217,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_o
   dq_job.inter = dq_job.intra = scale;
   dq_job.update = 1;
   dq_job.initial = transposed(state(args.initial_state));
-  dq_job.local = mutable_state(local_dq);
+  dq_job.local = local_state(local_dq, s.dim_k);
 
   TrilinearJob dk_job{};  // dk = T_rev(v, dout, q)
   dk_job.a = rows(args.v);
@@ -221,7 +230,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_o
   dk_job.inter = 1;
   dk_job.intra = dk_job.update = scale;
   dk_job.initial = transposed(state(grad_state));
-  dk_job.local = mutable_state(local_dk);
+  dk_job.local = local_state(local_dk, s.dim_k);
 
   TrilinearJob dv_job = dk_job;  // dv = T_rev(k, q, dout), whose state is dk's transposed
   dv_job.a = rows(args.k);
@@ -231,7 +240,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_o
   dv_job.dim_a = dk_job.dim_c;
   dv_job.dim_c = dk_job.dim_a;
   dv_job.initial = state(grad_state);
-  dv_job.local = transposed(dk_job.local);
+  dv_job.local = shares_states ? transposed(dk_job.local) : local_state(local_dv, s.dim_v);
   // The gradient of the initial state is the last state of either.
   if (initial_state && plan.is_fused) dk_job.final = transposed(mutable_state(dinitial_state));
   if (initial_state && !plan.is_fused) dv_job.final = mutable_state(dinitial_state);
@@ -244,15 +253,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_o
     dk_job.dots = base + dots.stride(0) * static_cast<int64_t>(dots.element_size());
   }
 
-  auto launch_jobs = [&](int which, std::initializer_list<const TrilinearJob*> jobs) {
+  auto set_jobs = [&](std::initializer_list<const TrilinearJob*> jobs) {
     params.num_jobs = 0;
     for (const TrilinearJob* job : jobs) params.jobs[params.num_jobs++] = *job;
+  };
+  auto launch_jobs = [&](int which, std::initializer_list<const TrilinearJob*> jobs) {
+    set_jobs(jobs);
     launch(args, plan, which, params, true, wants_dslope && which == 0, device.stream());
   };
-  params.num_jobs = 2;
-  params.jobs[0] = dq_job;
-  params.jobs[1] = dk_job;
-  enter_segments(args, plan, params, true, device.stream());
+  set_jobs({&dq_job, &dk_job});
+  enter_segments(args, plan, 0, params, true, device.stream());
   if (plan.is_fused) {
     launch_jobs(0, {&dk_job, &dv_job});
     launch_jobs(1, {&dq_job});
@@ -260,6 +270,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_o
     launch_jobs(0, {&dq_job, &dk_job, &dv_job});
   } else {
     launch_jobs(0, {&dq_job, &dk_job});
+    set_jobs({&dv_job});
+    if (!shares_states) enter_segments(args, plan, 1, params, true, device.stream());
     launch_jobs(1, {&dv_job});
   }
 

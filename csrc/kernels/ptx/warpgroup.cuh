@@ -1,4 +1,4 @@
-// What warpgroups and clusters of sm_90 need besides their products: registers, barriers, launch order.
+// What warpgroups and clusters of sm_90 need besides their products: registers, barriers.
 #pragma once
 
 #include <stdint.h>
@@ -39,10 +39,5 @@ __device__ __forceinline__ uint32_t cluster_size() {
 __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
-
-// Programmatic dependent launch (PTX ISA "griddepcontrol"): the next kernel of the stream may start; the kernel before
-// this one is complete and its writes are visible. Nothing where the launch did not ask for it.
-__device__ __forceinline__ void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-__device__ __forceinline__ void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 }  // namespace la2::ptx

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "../../core/decay.h"
+#include "../ptx/launch_order.cuh"
 #include "units.cuh"
 #include "vec.cuh"
 
@@ -26,9 +27,12 @@ __global__ void __launch_bounds__(kCombineThreads)
   const int64_t head = blockIdx.x / element_blocks % heads;
   const int64_t unit_idx = blockIdx.x / element_blocks / heads;
   const Unit unit = find_unit(params, unit_idx);
+  ptx::launch_dependents();
+  ptx::wait_for_previous_kernel();
   if (!unit.valid || unit.segment != 0) return;
   const int64_t element = (blockIdx.x % element_blocks * int64_t{kCombineThreads} + threadIdx.x) * kSize;
-  if (element >= int64_t{job.dim_a} * job.dim_c) return;
+  const bool is_opaque = params.local_floats != 0;
+  if (element >= (is_opaque ? params.local_floats : int64_t{job.dim_a} * job.dim_c)) return;
 
   const T slope = slope_of<T>(params, unit.sequence, head);
   const int64_t count = unit.num_segments;
@@ -37,7 +41,7 @@ __global__ void __launch_bounds__(kCombineThreads)
   const T decay_of_last = static_cast<T>(decay_power<T>(slope, last_len));
 
   Vec<T> z{};
-  if (job.initial.data != nullptr) {
+  if (job.initial.data != nullptr && !is_opaque) {
     const State& s = job.initial;
     const T* from = static_cast<const T*>(s.data) + unit.sequence * s.stride_s + head * s.stride_h +
                     element / job.dim_c * s.stride_d + element % job.dim_c * s.stride_e;

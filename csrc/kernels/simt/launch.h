@@ -24,8 +24,9 @@ cudaError_t launch_trilinear(const TrilinearParams& params, DType dtype, cudaStr
 cudaError_t launch_state_pass(const TrilinearParams& params, DType dtype, cudaStream_t stream);
 
 // Turns the states that a state pass (of any family) left in job.local of every job into the states entering each
-// segment. job.local is contiguous over [Da, Dc]. is_double: states are float64, else float32.
-cudaError_t launch_combine(const TrilinearParams& params, bool is_double, cudaStream_t stream);
+// segment. job.local is contiguous over [Da, Dc], or opaque (params.local_floats). is_double: states are float64, else
+// float32. overlaps: may start before the state pass is done (compute capability 9.0), and waits for it.
+cudaError_t launch_combine(const TrilinearParams& params, bool is_double, bool overlaps, cudaStream_t stream);
 
 // The slope gradient from the dots the dq and dk jobs left, and from the states' gradients, summed in float64.
 struct SlopeGradParams {

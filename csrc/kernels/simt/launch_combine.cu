@@ -5,10 +5,11 @@ namespace la2::simt {
 namespace {
 
 template <class T>
-cudaError_t launch(const TrilinearParams& params, cudaStream_t stream) {
+cudaError_t launch(const TrilinearParams& params, bool overlaps, cudaStream_t stream) {
   int64_t elements = 0;
   for (int i = 0; i < params.num_jobs; ++i) {
-    const int64_t needed = int64_t{params.jobs[i].dim_a} * params.jobs[i].dim_c;
+    const int64_t needed =
+        params.local_floats != 0 ? params.local_floats : int64_t{params.jobs[i].dim_a} * params.jobs[i].dim_c;
     if (needed > elements) elements = needed;
   }
   constexpr int64_t kPerBlock = kCombineThreads * (sizeof(Vec<T>) / sizeof(T));
@@ -16,15 +17,22 @@ cudaError_t launch(const TrilinearParams& params, cudaStream_t stream) {
   const int64_t blocks = element_blocks * params.sizes.heads * params.num_units;
   if (blocks == 0) return cudaSuccess;
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-  const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(params.num_jobs));
-  la2_combine_simt_kernel<T><<<grid, kCombineThreads, 0, stream>>>(params, static_cast<int>(element_blocks));
-  return cudaGetLastError();
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(params.num_jobs));
+  config.blockDim = dim3(kCombineThreads);
+  config.stream = stream;
+  config.attrs = &overlap;
+  config.numAttrs = overlaps ? 1 : 0;
+  return cudaLaunchKernelEx(&config, la2_combine_simt_kernel<T>, params, static_cast<int>(element_blocks));
 }
 
 }  // namespace
 
-cudaError_t launch_combine(const TrilinearParams& params, bool is_double, cudaStream_t stream) {
-  return is_double ? launch<double>(params, stream) : launch<float>(params, stream);
+cudaError_t launch_combine(const TrilinearParams& params, bool is_double, bool overlaps, cudaStream_t stream) {
+  return is_double ? launch<double>(params, overlaps, stream) : launch<float>(params, overlaps, stream);
 }
 
 }  // namespace la2::simt

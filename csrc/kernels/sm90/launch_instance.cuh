@@ -1,5 +1,6 @@
-// One instance of the sm90 trilinear kernel: a translation unit of its own, written by CMake (LA2_INSTANCE_NAME, and
-// the arguments of Config as LA2_DTYPE, LA2_TILE_A, LA2_SLICE, LA2_SPLIT, LA2_PAIR).
+// One instance of the sm90 trilinear kernel and of its state pass: a translation unit of its own, written by CMake
+// (LA2_INSTANCE_NAME, and the arguments of Config as LA2_DTYPE, LA2_TILE_A, LA2_SLICE, LA2_SPLIT, LA2_PAIR).
+#include "kernels/sm90/gather.cuh"
 #include "kernels/sm90/launch_instance.h"
 #include "kernels/sm90/trilinear.cuh"
 
@@ -13,11 +14,20 @@ using fp16 = __half;
 
 cudaError_t LA2_INSTANCE_FUNCTION(LA2_INSTANCE_NAME)(const TrilinearParams& params, const TrilinearMaps& maps,
                                                      const LaunchOptions& options, cudaStream_t stream) {
+  constexpr int kMostShared = 227 * 1024;  // of a block of compute capability 9.0
   using Cfg = Config<LA2_DTYPE, LA2_TILE_A, LA2_SLICE, LA2_SPLIT, LA2_PAIR>;
-  static_assert(sizeof(SharedStorage<Cfg>) <= 227 * 1024, "a block of compute capability 9.0 has no more");
-  return launch_kernel(la2_trilinear_sm90_kernel<Cfg>, blocks_of_items(params, options, Cfg::kSlice),
-                       Cfg::kBoth ? 1 : params.num_jobs, Cfg::kThreads, sizeof(SharedStorage<Cfg>), options, stream,
-                       params, maps, options.state_only, options.reads_previous);
+  const int64_t blocks = blocks_of_items(params, options, Cfg::kSlice);
+  if (options.state_only) {
+    using Gather = GatherConfig<LA2_DTYPE, LA2_TILE_A, LA2_SLICE, LA2_SPLIT>;
+    static_assert(sizeof(GatherStorage<Gather>) <= kMostShared);
+    if constexpr (!Cfg::kBoth)
+      return launch_kernel(la2_gather_sm90_kernel<Gather>, blocks, params.num_jobs, Gather::kThreads,
+                           sizeof(GatherStorage<Gather>), options, stream, params, maps);
+    return cudaErrorInvalidDeviceFunction;  // the instance without `both` serves it
+  }
+  static_assert(sizeof(SharedStorage<Cfg>) <= kMostShared);
+  return launch_kernel(la2_trilinear_sm90_kernel<Cfg>, blocks, Cfg::kBoth ? 1 : params.num_jobs, Cfg::kThreads,
+                       sizeof(SharedStorage<Cfg>), options, stream, params, maps, options.reads_previous);
 }
 
 }  // namespace la2::sm90

@@ -4,6 +4,7 @@
 
 #include <type_traits>
 
+#include "state.cuh"
 #include "steps.cuh"
 
 namespace la2::sm90 {
@@ -100,27 +101,15 @@ __device__ __forceinline__ void update_state(StateAccumulators<Cfg>& z, const St
   const tile::ColumnsOperand<typename Cfg::TileA> b(shared_address(&stage.b));
   const float* weights = token_weights(powers, reverse, rows, me);
   const float lambda_rows = powers.ascending()[rows];
-  auto decay = [&](int block) {
-#pragma unroll
-    for (int i = 0; i < Cfg::kTileA / 2; ++i) z[block][i] *= lambda_rows;
-    ptx::pin_registers(z[block]);
-  };
-  auto issue = [&](int block, const uint32_t(&weighted)[kChunk / 16][4], const uint32_t(&rest)[kChunk / 16][4]) {
-#pragma unroll
-    for (int k = 0; k < kChunk / 16; ++k) {
-      ptx::wgmma<T, ptx::Major::kMN>(z[block], weighted[k], b.step(k), 1);
-      if constexpr (Cfg::kSplitsValues) ptx::wgmma<T, ptx::Major::kMN>(z[block], rest[k], b.step(k), 1);
-    }
-  };
   if constexpr (Cfg::kSplitsValues && kBlocks > 1) {
     // One after the other: both at once would need too many registers.
 #pragma unroll
     for (int block = 0; block < kBlocks; ++block) {
       uint32_t weighted[kChunk / 16][4], rest[kChunk / 16][4];
       weigh_columns<T, true>(weighted, rest, stage.c, block, weights, factor, me);
-      decay(block);
+      decay_state(z[block], lambda_rows);
       ptx::wgmma_fence();
-      issue(block, weighted, rest);
+      issue_update<T, true>(z[block], weighted, rest, b);
       ptx::wgmma_commit();
       ptx::wgmma_wait<0>();
       ptx::pin_registers(z[block]);
@@ -131,10 +120,11 @@ __device__ __forceinline__ void update_state(StateAccumulators<Cfg>& z, const St
     for (int block = 0; block < kBlocks; ++block)
       weigh_columns<T, Cfg::kSplitsValues>(weighted[block], rest[block], stage.c, block, weights, factor, me);
 #pragma unroll
-    for (int block = 0; block < kBlocks; ++block) decay(block);
+    for (int block = 0; block < kBlocks; ++block) decay_state(z[block], lambda_rows);
     ptx::wgmma_fence();
 #pragma unroll
-    for (int block = 0; block < kBlocks; ++block) issue(block, weighted[block], rest[block]);
+    for (int block = 0; block < kBlocks; ++block)
+      issue_update<T, Cfg::kSplitsValues>(z[block], weighted[block], rest[block], b);
     ptx::wgmma_commit();
     ptx::wgmma_wait<0>();
 #pragma unroll
@@ -159,47 +149,20 @@ __device__ __forceinline__ float operand_range(const StateAccumulators<Cfg>& z, 
   return power_of_two(-exponent);
 }
 
-// Calls body(element of z, pointer to the state's element) for what this lane holds of [Da, slice of Dc].
-template <class Cfg, class Element, class Body>
-__device__ __forceinline__ void for_each_state_element(StateAccumulators<Cfg>& z, Element* state, int64_t stride_d,
-                                                       int64_t stride_e, int dim_a, int cols, const WarpgroupLane& me,
-                                                       const Body& body) {
-#pragma unroll
-  for (int block = 0; block < Cfg::kSlice / 64; ++block) {
-    const int col = block * 64 + me.warp * 16 + me.group;
-    Element* at = state + me.pair * 2 * stride_d + col * stride_e;
-#pragma unroll
-    for (int n = 0; n < Cfg::kTileA / 8; ++n) {
-      if (n * 8 < dim_a) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          if (col + 8 * (i >> 1) < cols) body(z[block][4 * n + i], at + (i & 1) * stride_d + (i >> 1) * 8 * stride_e);
-      }
-      at += 8 * stride_d;
-      if (n % 8 == 7) ptx::scheduling_fence();  // all loads at once would need too many registers
-    }
-  }
-}
-
 // ---- roles
 
 // Warp 0 of the producer warpgroup; lane 0 starts the copies.
 template <class Cfg>
 __device__ __forceinline__ void produce(SharedStorage<Cfg>& smem, const TrilinearParams& p, const TrilinearJob& job,
-                                        const JobMaps* maps, bool state_only) {
+                                        const JobMaps* maps) {
   const Schedule schedule(p, job, Cfg::kSlice);
   const int lane = threadIdx.x % 32;
-  const uint32_t bytes = state_only ? Cfg::TileA::kBytes + Cfg::TileC::kBytes : sizeof(Stage<Cfg>);
   Ring<Cfg::kStages> ring;
   uint32_t tail_parity = 0;
   for (int index = schedule.first; index < schedule.count; index += schedule.step) {
     const Item item = schedule.item(p, job, index, Cfg::kSlice);
     if (!item.is_valid) break;
-    if (state_only && item.is_last) continue;
-    int step = 0;
-    if (state_only)
-      step = item.num_chunks - window_chunks(simt::slope_of<float>(p, item.sequence, item.head), item.num_chunks);
-    for (; step < item.num_chunks; ++step, ring.advance()) {
+    for (int step = 0; step < item.num_chunks; ++step, ring.advance()) {
       const int chunk = item.chunk_at(step), rows = item.rows_of(chunk);
       Stage<Cfg>& stage = smem.stages[ring.stage];
       // Behind the end of a dense sequence the map ends and zeroes come; behind a packed one, its neighbour.
@@ -209,25 +172,16 @@ __device__ __forceinline__ void produce(SharedStorage<Cfg>& smem, const Trilinea
       ptx::mbarrier_wait(shared_address(&smem.empty[ring.stage]), ring.parity ^ 1);
       if (lane == 0) {
         const ptx::TmaBox box = item.box(chunk);
-        ptx::mbarrier_arrive_expect(barrier, bytes);
+        ptx::mbarrier_arrive_expect(barrier, sizeof(Stage<Cfg>));
         load_tile_shared<typename Cfg::TileA>(shared_address(&stage.b), &maps->b, barrier, box, schedule.rank,
                                               schedule.cluster);
-        if (!state_only)
-          load_tile_shared<typename Cfg::TileA>(shared_address(&stage.a), &maps->a, barrier, box, schedule.rank,
-                                                schedule.cluster);
+        load_tile_shared<typename Cfg::TileA>(shared_address(&stage.a), &maps->a, barrier, box, schedule.rank,
+                                              schedule.cluster);
         load_tile<typename Cfg::TileC>(shared_address(&stage.c), &maps->c, barrier, box, item.first_col);
         if constexpr (Cfg::kBoth)
           load_tile<typename Cfg::TileC>(shared_address(&stage.second_a[0]), &maps[1].a, barrier, box, 0);
       }
-      if (clears) {
-        ptx::mbarrier_wait(barrier, tail_parity);
-        tail_parity ^= 1;
-        clear_rows<typename Cfg::TileA>(shared_address(&stage.b), rows, lane);
-        clear_rows<typename Cfg::TileC>(shared_address(&stage.c), rows, lane);
-        ptx::fence_proxy_async();
-        __syncwarp();
-        if (lane == 0) ptx::mbarrier_arrive(full);
-      }
+      if (clears) clear_tail(stage.b, stage.c, rows, barrier, full, tail_parity, lane);
     }
   }
 }
@@ -391,7 +345,7 @@ __device__ __forceinline__ void write_both_outputs(SharedStorage<Cfg>& smem, con
 // Z = lambda^C Z + b^T diag(w) c, chunk by chunk, and before each chunk its rounded copy for the outputs.
 template <class Cfg>
 __device__ __forceinline__ void carry_state(SharedStorage<Cfg>& smem, const TrilinearParams& p, const TrilinearJob& job,
-                                            bool state_only, bool reads_previous) {
+                                            bool reads_previous) {
   using T = typename Cfg::T;
   const Schedule schedule(p, job, Cfg::kSlice);
   const WarpgroupLane me;
@@ -404,57 +358,44 @@ __device__ __forceinline__ void carry_state(SharedStorage<Cfg>& smem, const Tril
     const Item item = schedule.item(p, job, index, Cfg::kSlice);
     if (!item.is_valid) break;
     const int cols = job.dim_c - item.first_col;
-    if (state_only && item.is_last) continue;
-    const float slope = simt::slope_of<float>(p, item.sequence, item.head);
     ptx::named_barrier_sync(kStateWarps, 128);
-    smem.decay_of_state.fill(slope, threadIdx.x % 128, 128);
+    smem.decay_of_state.fill(simt::slope_of<float>(p, item.sequence, item.head), threadIdx.x % 128, 128);
     ptx::named_barrier_sync(kStateWarps, 128);
 
     StateAccumulators<Cfg> z;
 #pragma unroll
-    for (int block = 0; block < Cfg::kSlice / 64; ++block)
-#pragma unroll
-      for (int i = 0; i < Cfg::kTileA / 2; ++i) z[block][i] = 0.f;
-    const void* entering = p.is_cut ? job.local.data : job.initial.data;
-    if (!state_only && entering != nullptr) {
-      const int64_t stride_s = p.is_cut ? job.local.stride_s : job.initial.stride_s;
-      const int64_t stride_h = p.is_cut ? job.local.stride_h : job.initial.stride_h;
-      const int64_t stride_d = p.is_cut ? job.local.stride_d : job.initial.stride_d;
-      const int64_t stride_e = p.is_cut ? job.local.stride_e : job.initial.stride_e;
-      const float* from = static_cast<const float*>(entering) + (p.is_cut ? item.unit : item.sequence) * stride_s +
-                          item.head * stride_h + item.first_col * stride_e;
-      for_each_state_element<Cfg>(z, from, stride_d, stride_e, job.dim_a, cols, me,
-                                  [](float& element, const float* stored) { element = *stored; });
+    for (int block = 0; block < Cfg::kSlice / 64; ++block) {
+      clear(z[block]);
+      if (item.is_first) {
+        load_state(z[block], job.initial, item, block * 64, job.dim_a, cols, me);
+      } else if (block * 64 < cols) {
+        load_fragment(z[block], fragment_of<Cfg::kTileA>(p, job, item, block, me));
+      }
     }
 
-    const MutableState& leaving = state_only ? job.local : job.final;
-    const bool wants_state = leaving.data != nullptr && (state_only || item.is_last);
-    int step = state_only ? item.num_chunks - window_chunks(slope, item.num_chunks) : 0;
-    for (; step < item.num_chunks; ++step, ring.advance()) {
-      if (!state_only) {
-        const int state = state_ring.stage;
-        ptx::mbarrier_wait(shared_address(&smem.state_empty[state]), state_ring.parity ^ 1);
-        const float range = operand_range<Cfg>(z, smem, &smem.range_undo[state], me);
+    const bool wants_state = job.final.data != nullptr && item.is_last;
+    for (int step = 0; step < item.num_chunks; ++step, ring.advance()) {
+      const int state = state_ring.stage;
+      ptx::mbarrier_wait(shared_address(&smem.state_empty[state]), state_ring.parity ^ 1);
+      const float range = operand_range<Cfg>(z, smem, &smem.range_undo[state], me);
 #pragma unroll
-        for (int block = 0; block < Cfg::kSlice / 64; ++block)
-          store_rounded<typename Cfg::TileZ, T>(smem.state[state], block * 64 + me.warp * 16, z[block], range, me.lane);
-        ptx::fence_proxy_async();
-        __syncwarp();
-        if (me.lane == 0) ptx::mbarrier_arrive(shared_address(&smem.state_full[state]));
-        state_ring.advance();
-      }
+      for (int block = 0; block < Cfg::kSlice / 64; ++block)
+        store_rounded<typename Cfg::TileZ, T>(smem.state[state], block * 64 + me.warp * 16, z[block], range, me.lane);
+      ptx::fence_proxy_async();
+      __syncwarp();
+      if (me.lane == 0) ptx::mbarrier_arrive(shared_address(&smem.state_full[state]));
+      state_ring.advance();
+
       ptx::mbarrier_wait(shared_address(&smem.full[ring.stage]), ring.parity);
       if (step + 1 < item.num_chunks || wants_state)
         update_state<Cfg>(z, smem.stages[ring.stage], smem.decay_of_state, update, reverse,
                           item.rows_of(item.chunk_at(step)), me);
       release_stage(smem.empty[ring.stage], schedule.cluster, me.lane);
     }
-
     if (wants_state) {
-      float* to = static_cast<float*>(leaving.data) + (state_only ? item.unit : item.sequence) * leaving.stride_s +
-                  item.head * leaving.stride_h + item.first_col * leaving.stride_e;
-      for_each_state_element<Cfg>(z, to, leaving.stride_d, leaving.stride_e, job.dim_a, cols, me,
-                                  [](float& element, float* stored) { *stored = element; });
+#pragma unroll
+      for (int block = 0; block < Cfg::kSlice / 64; ++block)
+        store_state(z[block], job.final, item, block * 64, job.dim_a, cols, me);
     }
   }
 }
@@ -462,7 +403,7 @@ __device__ __forceinline__ void carry_state(SharedStorage<Cfg>& smem, const Tril
 // ---- kernel
 
 // A block (or a cluster, whose blocks have neighbouring slices of Dc and share the copies of a and b) walks its items,
-// each a segment of a sequence for one head. state_only: only the state is gathered, from zero, into job.local.
+// each a segment of a sequence for one head.
 // reads_previous: the kernel before this one wrote job.local.
 //
 // Grid: x = blocks of items, y = jobs. Three warpgroups, chunk i:
@@ -476,7 +417,7 @@ __device__ __forceinline__ void carry_state(SharedStorage<Cfg>& smem, const Tril
 template <class Cfg>
 __global__ void __launch_bounds__(Cfg::kThreads, 1)
     la2_trilinear_sm90_kernel(const __grid_constant__ TrilinearParams p, const __grid_constant__ TrilinearMaps maps,
-                              bool state_only, bool reads_previous) {
+                              bool reads_previous) {
   extern __shared__ __align__(1024) char raw[];
   SharedStorage<Cfg>& smem = *reinterpret_cast<SharedStorage<Cfg>*>(raw);
   const TrilinearJob& job = p.jobs[blockIdx.y];
@@ -485,10 +426,10 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
 
   if (threadIdx.x == 0) {
     constexpr int kWarpsOfRole = 4;
-    const int consumer_warps = (state_only ? 1 : 2) * kWarpsOfRole;
+    constexpr int kConsumerWarps = 2 * kWarpsOfRole;
     for (int i = 0; i < Cfg::kStages; ++i) {
       ptx::mbarrier_init(shared_address(&smem.full[i]), 1);
-      ptx::mbarrier_init(shared_address(&smem.empty[i]), consumer_warps * cluster);
+      ptx::mbarrier_init(shared_address(&smem.empty[i]), kConsumerWarps * cluster);
     }
     ptx::mbarrier_init(shared_address(&smem.tail), 1);
     for (int i = 0; i < Cfg::kStateBuffers; ++i) {
@@ -506,17 +447,17 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
   const int role = threadIdx.x / 128;
   if (role == 0) {
     ptx::registers_release<Cfg::kProducerRegisters>();
-    if (threadIdx.x < 32) produce<Cfg>(smem, p, job, job_maps, state_only);
+    if (threadIdx.x < 32) produce<Cfg>(smem, p, job, job_maps);
   } else if (role == 1) {
     ptx::registers_acquire<Cfg::kConsumerRegisters>();
     if constexpr (Cfg::kBoth) {
       write_both_outputs<Cfg>(smem, p, job_maps);
     } else {
-      if (!state_only) write_outputs<Cfg>(smem, p, job, *job_maps);
+      write_outputs<Cfg>(smem, p, job, *job_maps);
     }
   } else {
     ptx::registers_acquire<Cfg::kConsumerRegisters>();
-    carry_state<Cfg>(smem, p, job, state_only, reads_previous);
+    carry_state<Cfg>(smem, p, job, reads_previous);
   }
   // A block may not go while others of its cluster still copy to it or arrive at its barriers.
   if (cluster > 1) ptx::cluster_sync();

@@ -5,6 +5,7 @@
 #include <cuda.h>
 
 #include "../ptx/fence.cuh"
+#include "../ptx/launch_order.cuh"
 #include "../ptx/mbarrier.cuh"
 #include "../ptx/tma.cuh"
 #include "../ptx/warpgroup.cuh"
@@ -24,7 +25,7 @@ constexpr int kChunk = 64;  // tokens: the M of one warpgroup's product
 struct Item {
   int unit, sequence, batch, head, row_begin, length, first_col, num_chunks;
   bool is_valid, reverse;
-  bool is_last;  // of its sequence, in the order of the sweep
+  bool is_first, is_last;  // of its sequence, in the order of the sweep
 
   __device__ int chunk_at(int step) const { return reverse ? num_chunks - 1 - step : step; }
   __device__ int rows_of(int chunk) const { return min(length - chunk * kChunk, kChunk); }
@@ -61,6 +62,7 @@ struct Schedule {
     item.num_chunks = (item.length + kChunk - 1) / kChunk;
     item.is_valid = unit.valid;
     item.reverse = job.reverse;
+    item.is_first = simt::ends_sweep(unit, !job.reverse);
     item.is_last = simt::ends_sweep(unit, job.reverse);
     return item;
   }
@@ -122,6 +124,20 @@ __device__ __forceinline__ void clear_rows(uint32_t tile, int rows, int lane) {
       const uint32_t to = tile + (unit >> 3) * Tile::kBlockBytes + row * 128 + (unit & 7) * 16;
       *static_cast<uint4*>(__cvta_shared_to_generic(to)) = {0, 0, 0, 0};
     }
+}
+
+// A chunk whose copy announced itself at `arrived` has no more than `rows` rows: clears the rest of what is summed over
+// tokens, then says so at `full`. One warp.
+template <class TileB, class TileC>
+__device__ __forceinline__ void clear_tail(TileB& b, TileC& c, int rows, uint32_t arrived, uint32_t full,
+                                           uint32_t& parity, int lane) {
+  ptx::mbarrier_wait(arrived, parity);
+  parity ^= 1;
+  clear_rows<TileB>(shared_address(&b), rows, lane);
+  clear_rows<TileC>(shared_address(&c), rows, lane);
+  ptx::fence_proxy_async();
+  __syncwarp();
+  if (lane == 0) ptx::mbarrier_arrive(full);
 }
 
 // Bytes of a row-strided matrix's 16 rows of this warp from their place in `tile`, rows < `rows` and columns < `cols`.

@@ -1,0 +1,147 @@
+// The state pass for Hopper, bf16 and fp16: what each segment gathers alone. The notebook is ../DESIGN.md.
+#pragma once
+
+#include "state.cuh"
+
+namespace la2::sm90 {
+
+// ---- config
+
+// kTileA, kSlice, kSplit: as of the trilinear kernel (trilinear.cuh). Each gatherer has 64 columns of the slice.
+template <class T_, int kTileA_, int kSlice_, bool kSplit_>
+struct GatherConfig {
+  using T = T_;
+  static constexpr int kTileA = kTileA_, kSlice = kSlice_;
+  static constexpr bool kSplit = kSplit_;
+  using TileA = tile::SwizzledTile<T, kChunk, kTileA>;
+  using TileC = tile::SwizzledTile<T, kChunk, kSlice>;
+  static constexpr int kGatherers = kSlice / 64;
+  static constexpr int kThreads = 128 * (1 + kGatherers);
+  static constexpr int kStagesThatFit = 208 * 1024 / (TileA::kBytes + TileC::kBytes);
+  static constexpr int kStages = kStagesThatFit < 6 ? kStagesThatFit : 6;
+};
+
+template <class Cfg>
+struct GatherStage {
+  typename Cfg::TileA b;  // [C, Da]
+  typename Cfg::TileC c;  // [C, slice]
+};
+
+// Arrivals: the copy engine's bytes and the producer (full, tail), every gatherer warp of the cluster (empty).
+template <class Cfg>
+struct GatherStorage {
+  GatherStage<Cfg> stages[Cfg::kStages];
+  tile::Decay<kChunk> powers[Cfg::kGatherers];  // they may be an item apart
+  uint64_t full[Cfg::kStages], empty[Cfg::kStages], tail;
+};
+
+// ---- roles
+
+// The last segment of a sequence is left out, nobody needs its state; of the others, what decay leaves nothing of.
+__device__ inline int first_step(const TrilinearParams& p, const Item& item) {
+  if (item.is_last) return item.num_chunks;
+  return item.num_chunks - window_chunks(simt::slope_of<float>(p, item.sequence, item.head), item.num_chunks);
+}
+
+template <class Cfg>
+__device__ __forceinline__ void produce(GatherStorage<Cfg>& smem, const TrilinearParams& p, const TrilinearJob& job,
+                                        const JobMaps& maps) {
+  const Schedule schedule(p, job, Cfg::kSlice);
+  const int lane = threadIdx.x % 32;
+  Ring<Cfg::kStages> ring;
+  uint32_t tail_parity = 0;
+  for (int index = schedule.first; index < schedule.count; index += schedule.step) {
+    const Item item = schedule.item(p, job, index, Cfg::kSlice);
+    if (!item.is_valid) break;
+    for (int step = first_step(p, item); step < item.num_chunks; ++step, ring.advance()) {
+      const int chunk = item.chunk_at(step), rows = item.rows_of(chunk);
+      GatherStage<Cfg>& stage = smem.stages[ring.stage];
+      const bool clears = p.cu_seqlens.data != nullptr && rows < kChunk;
+      const uint32_t full = shared_address(&smem.full[ring.stage]);
+      const uint32_t barrier = clears ? shared_address(&smem.tail) : full;
+      ptx::mbarrier_wait(shared_address(&smem.empty[ring.stage]), ring.parity ^ 1);
+      if (lane == 0) {
+        const ptx::TmaBox box = item.box(chunk);
+        ptx::mbarrier_arrive_expect(barrier, sizeof(GatherStage<Cfg>));
+        load_tile_shared<typename Cfg::TileA>(shared_address(&stage.b), &maps.b, barrier, box, schedule.rank,
+                                              schedule.cluster);
+        load_tile<typename Cfg::TileC>(shared_address(&stage.c), &maps.c, barrier, box, item.first_col);
+      }
+      if (clears) clear_tail(stage.b, stage.c, rows, barrier, full, tail_parity, lane);
+    }
+  }
+}
+
+// 64 columns of the slice, from zero (the first segment of a sequence: from its initial state), to job.local.
+template <class Cfg>
+__device__ __forceinline__ void gather(GatherStorage<Cfg>& smem, const TrilinearParams& p, const TrilinearJob& job,
+                                       int gatherer) {
+  using T = typename Cfg::T;
+  const Schedule schedule(p, job, Cfg::kSlice);
+  const WarpgroupLane me;
+  const float update = static_cast<float>(job.update);
+  tile::Decay<kChunk>& powers = smem.powers[gatherer];
+  Ring<Cfg::kStages> ring;
+  for (int index = schedule.first; index < schedule.count; index += schedule.step) {
+    const Item item = schedule.item(p, job, index, Cfg::kSlice);
+    if (!item.is_valid) break;
+    if (item.is_last) continue;
+    ptx::named_barrier_sync(1 + gatherer, 128);
+    powers.fill(simt::slope_of<float>(p, item.sequence, item.head), threadIdx.x % 128, 128);
+    ptx::named_barrier_sync(1 + gatherer, 128);
+    const int cols = job.dim_c - item.first_col;
+    int step = first_step(p, item);
+    Accumulators<Cfg::kTileA / 2> z;
+    clear(z);
+    if (item.is_first && step == 0) load_state(z, job.initial, item, gatherer * 64, job.dim_a, cols, me);
+    for (; step < item.num_chunks; ++step, ring.advance()) {
+      const int rows = item.rows_of(item.chunk_at(step));
+      const GatherStage<Cfg>& stage = smem.stages[ring.stage];
+      const tile::ColumnsOperand<typename Cfg::TileA> b(shared_address(&stage.b));
+      ptx::mbarrier_wait(shared_address(&smem.full[ring.stage]), ring.parity);
+      uint32_t weighted[kChunk / 16][4], rest[kChunk / 16][4];
+      weigh_columns<T, Cfg::kSplit>(weighted, rest, stage.c, gatherer, token_weights(powers, job.reverse, rows, me),
+                                    update, me);
+      decay_state(z, powers.ascending()[rows]);
+      ptx::wgmma_fence();
+      issue_update<T, Cfg::kSplit>(z, weighted, rest, b);
+      ptx::wgmma_commit();
+      ptx::wgmma_wait<0>();
+      ptx::pin_registers(z);
+      release_stage(smem.empty[ring.stage], schedule.cluster, me.lane);
+    }
+    if (gatherer * 64 < cols) store_fragment(z, fragment_of<Cfg::kTileA>(p, job, item, gatherer, me));
+  }
+}
+
+// ---- kernel
+
+// Grid: x = blocks of items, y = jobs; clusters as of the trilinear kernel.
+template <class Cfg>
+__global__ void __launch_bounds__(Cfg::kThreads, 1)
+    la2_gather_sm90_kernel(const __grid_constant__ TrilinearParams p, const __grid_constant__ TrilinearMaps maps) {
+  extern __shared__ __align__(1024) char raw[];
+  GatherStorage<Cfg>& smem = *reinterpret_cast<GatherStorage<Cfg>*>(raw);
+  const TrilinearJob& job = p.jobs[blockIdx.y];
+  const int cluster = static_cast<int>(ptx::cluster_size());
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < Cfg::kStages; ++i) {
+      ptx::mbarrier_init(shared_address(&smem.full[i]), 1);
+      ptx::mbarrier_init(shared_address(&smem.empty[i]), 4 * Cfg::kGatherers * cluster);
+    }
+    ptx::mbarrier_init(shared_address(&smem.tail), 1);
+    ptx::mbarrier_init_fence();
+  }
+  __syncthreads();
+  ptx::launch_dependents();
+  if (cluster > 1) ptx::cluster_sync();
+
+  if (threadIdx.x >= 128) {
+    gather<Cfg>(smem, p, job, threadIdx.x / 128 - 1);
+  } else if (threadIdx.x < 32) {
+    produce<Cfg>(smem, p, job, maps.jobs[blockIdx.y]);
+  }
+  if (cluster > 1) ptx::cluster_sync();
+}
+
+}  // namespace la2::sm90

@@ -1,0 +1,94 @@
+// 64 rows of the transposed state [Dc, Da] in the accumulators of one warpgroup: in, out, and a chunk further.
+#pragma once
+
+#include "steps.cuh"
+
+namespace la2::sm90 {
+
+template <int kRegs>
+__device__ __forceinline__ void clear(Accumulators<kRegs>& z) {
+#pragma unroll
+  for (int i = 0; i < kRegs; ++i) z[i] = 0.f;
+}
+template <int kRegs>
+__device__ __forceinline__ void decay_state(Accumulators<kRegs>& z, float lambda_rows) {
+#pragma unroll
+  for (int i = 0; i < kRegs; ++i) z[i] *= lambda_rows;
+  ptx::pin_registers(z);
+}
+
+// Z^T += (weighted c)^T b for 64 columns of c, issued without fence and commit.
+template <class T, bool kSplit, int kRegs, class Tile>
+__device__ __forceinline__ void issue_update(Accumulators<kRegs>& z, const uint32_t (&weighted)[kChunk / 16][4],
+                                             const uint32_t (&rest)[kChunk / 16][4],
+                                             const tile::ColumnsOperand<Tile>& b) {
+#pragma unroll
+  for (int k = 0; k < kChunk / 16; ++k) {
+    ptx::wgmma<T, ptx::Major::kMN>(z, weighted[k], b.step(k), 1);
+    if constexpr (kSplit) ptx::wgmma<T, ptx::Major::kMN>(z, rest[k], b.step(k), 1);
+  }
+}
+
+// 64 rows of Z^T [64 columns of Dc, Da], from column `first_col` of the item's slice on, from and to a state [Da, Dc]
+// in memory. An absent state leaves z as it is.
+template <class Element, int kRegs, class Body>
+__device__ __forceinline__ void for_each_state_element(Accumulators<kRegs>& z, Element* state, int64_t stride_d,
+                                                       int64_t stride_e, int dim_a, int cols, const WarpgroupLane& me,
+                                                       const Body& body) {
+  const int col = me.warp * 16 + me.group;
+  Element* at = state + me.pair * 2 * stride_d + col * stride_e;
+#pragma unroll
+  for (int n = 0; n < kRegs / 4; ++n) {
+    if (n * 8 < dim_a) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        if (col + 8 * (i >> 1) < cols) body(z[4 * n + i], at + (i & 1) * stride_d + (i >> 1) * 8 * stride_e);
+    }
+    at += 8 * stride_d;
+    if (n % 8 == 7) ptx::scheduling_fence();  // all loads at once would need too many registers
+  }
+}
+template <int kRegs>
+__device__ __forceinline__ void load_state(Accumulators<kRegs>& z, const State& s, const Item& item, int first_col,
+                                           int dim_a, int cols, const WarpgroupLane& me) {
+  if (s.data == nullptr) return;
+  const float* from = static_cast<const float*>(s.data) + item.sequence * s.stride_s + item.head * s.stride_h +
+                      (item.first_col + first_col) * s.stride_e;
+  for_each_state_element(z, from, s.stride_d, s.stride_e, dim_a, cols - first_col, me,
+                         [](float& element, const float* stored) { element = *stored; });
+}
+template <int kRegs>
+__device__ __forceinline__ void store_state(Accumulators<kRegs>& z, const MutableState& s, const Item& item,
+                                            int first_col, int dim_a, int cols, const WarpgroupLane& me) {
+  float* to = static_cast<float*>(s.data) + item.sequence * s.stride_s + item.head * s.stride_h +
+              (item.first_col + first_col) * s.stride_e;
+  for_each_state_element(z, to, s.stride_d, s.stride_e, dim_a, cols - first_col, me,
+                         [](float& element, float* stored) { *stored = element; });
+}
+
+// A state between segments stays in the order of the registers, 16 bytes a lane: of a unit and head, blocks of 64
+// columns of Dc (state_floats in launch.h). Where this lane's part of a block begins.
+template <int kTileA>
+__device__ __forceinline__ float4* fragment_of(const TrilinearParams& p, const TrilinearJob& job, const Item& item,
+                                               int block, const WarpgroupLane& me) {
+  float* state = static_cast<float*>(job.local.data) + item.unit * job.local.stride_s + item.head * job.local.stride_h;
+  return reinterpret_cast<float4*>(state + (item.first_col / 64 + block) * (64 * kTileA)) + me.warp * 32 + me.lane;
+}
+template <int kRegs>
+__device__ __forceinline__ void load_fragment(Accumulators<kRegs>& z, const float4* from) {
+#pragma unroll
+  for (int i = 0; i < kRegs / 4; ++i) {
+    const float4 part = __ldcg(from + i * 128);
+    z[4 * i] = part.x;
+    z[4 * i + 1] = part.y;
+    z[4 * i + 2] = part.z;
+    z[4 * i + 3] = part.w;
+  }
+}
+template <int kRegs>
+__device__ __forceinline__ void store_fragment(const Accumulators<kRegs>& z, float4* to) {
+#pragma unroll
+  for (int i = 0; i < kRegs / 4; ++i) to[i * 128] = {z[4 * i], z[4 * i + 1], z[4 * i + 2], z[4 * i + 3]};
+}
+
+}  // namespace la2::sm90
