@@ -45,7 +45,7 @@ __device__ __forceinline__ void for_each_state_element(Accumulators<kRegs>& z, E
         if (col + 8 * (i >> 1) < cols) body(z[4 * n + i], at + (i & 1) * stride_d + (i >> 1) * 8 * stride_e);
     }
     at += 8 * stride_d;
-    if (n % 8 == 7) ptx::scheduling_fence();  // all loads at once would need too many registers
+    if (n % 4 == 3) ptx::scheduling_fence();  // all loads at once would need too many registers
   }
 }
 template <int kRegs>

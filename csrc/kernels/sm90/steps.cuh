@@ -31,18 +31,35 @@ __device__ __forceinline__ void issue_scores(Accumulators<kChunk / 2>& p, const 
   ptx::wgmma_commit();
 }
 
+// What a job multiplies its scores and rows by, filled for one head.
+struct Weights {
+  float mask_[2 * kChunk + 1];  // intra lambda^|x| by the signed distance x = i - j, -C .. C; 0 on the acausal side
+  float row[kChunk + 1];        // inter lambda^n
+
+  __device__ const float* mask() const { return mask_ + kChunk; }
+
+  __device__ void fill(float slope, float inter, float intra, bool reverse, int thread, int num_threads) {
+    for (int x = thread; x <= kChunk; x += num_threads) {
+      const float power = static_cast<float>(decay_power<float>(slope, x));
+      mask_[kChunk + (reverse ? -x : x)] = intra * power;
+      if (x > 0) mask_[kChunk + (reverse ? x : -x)] = 0.f;
+      row[x] = inter * power;
+    }
+  }
+};
+
 // The scores under the mask M_ij = lambda^|i-j| (causal side), times intra, as A operand.
 template <class T>
 __device__ __forceinline__ void mask_scores(uint32_t (&masked)[kChunk / 16][4], const Accumulators<kChunk / 2>& p,
-                                            const float* along, float intra, const WarpgroupLane& me) {
-  const float* mask = along + (me.warp * 16 + me.group - me.pair * 2);
+                                            const Weights& weights, const WarpgroupLane& me) {
+  const float* mask = weights.mask() + (me.warp * 16 + me.group - me.pair * 2);
 #pragma unroll
   for (int n = 0; n < kChunk / 8; ++n)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int x = 8 * half - 8 * n;
       masked[n / 2][2 * (n % 2) + half] =
-          tile::pack<T>(p[4 * n + 2 * half] * (intra * mask[x]), p[4 * n + 2 * half + 1] * (intra * mask[x - 1]));
+          tile::pack<T>(p[4 * n + 2 * half] * mask[x], p[4 * n + 2 * half + 1] * mask[x - 1]);
     }
 }
 
@@ -95,7 +112,7 @@ __device__ __forceinline__ void store_out(Tile (&staging)[1], const Accumulators
                                           bool is_packed, const WarpgroupLane& me) {
   const uint32_t tile = shared_address(&staging[0]);
   const int first_row = me.warp * 16, rows = item.rows_of(chunk);
-  if (me.lane == 0) ptx::tma_store_wait_read();
+  if (ptx::elect_one()) ptx::tma_store_wait_read();
   __syncwarp();
   store_rounded<Tile, T>(staging, first_row, out, 1.f, me.lane);
   if (is_packed && rows < kChunk) {  // the map does not end where the sequence does
@@ -107,14 +124,15 @@ __device__ __forceinline__ void store_out(Tile (&staging)[1], const Accumulators
   }
   ptx::fence_proxy_async();
   __syncwarp();
-  if (me.lane != 0) return;
-  ptx::TmaBox box = item.box(chunk);
-  box.row += first_row;
-  box.col = item.first_col;
+  if (ptx::elect_one()) {
+    ptx::TmaBox box = item.box(chunk);
+    box.row += first_row;
+    box.col = item.first_col;
 #pragma unroll
-  for (int block = 0; block < Tile::kBlocks; ++block, box.col += 64)
-    ptx::tma_store(&map, tile + block * Tile::kBlockBytes + first_row * 128, box);
-  ptx::tma_store_commit();
+    for (int block = 0; block < Tile::kBlocks; ++block, box.col += 64)
+      ptx::tma_store(&map, tile + block * Tile::kBlockBytes + first_row * 128, box);
+    ptx::tma_store_commit();
+  }
 }
 
 // 64 columns of c transposed, from column 64 `block` on, weighted by the token, as A operand of a state's update: rows
@@ -147,10 +165,9 @@ __device__ __forceinline__ const float* token_weights(const tile::Decay<kChunk>&
                                                       const WarpgroupLane& me) {
   return decay.against(reverse) + (me.pair * 2 + (reverse ? 1 : 1 - rows));
 }
-// Where the weights of its rows of out do: lambda^n, n = i + 1 (reverse: rows - 1 - i); the lower row 8 on.
-__device__ __forceinline__ const float* row_weights(const float* along, bool reverse, int rows,
-                                                    const WarpgroupLane& me) {
-  return along + (me.warp * 16 + me.group + (reverse ? 1 - rows : 1));
+// The weight of row `row` of out: inter lambda^n, n = i + 1 (reverse: rows - 1 - i; rows behind the end: any).
+__device__ __forceinline__ float row_weight(const Weights& weights, bool reverse, int rows, int row) {
+  return weights.row[reverse ? max(rows - 1 - row, 0) : row + 1];
 }
 
 // fp16 ends at 65504 and a state may not: the power of two that brings `largest` under 2^14.

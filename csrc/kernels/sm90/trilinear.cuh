@@ -31,7 +31,7 @@ struct Config {
 
   static constexpr int kParts = kSplit ? 2 : 1;  // of the state: what 16 bits hold, and the rest
   static constexpr int kThreads = 384;           // producer, output and state warpgroup
-  static constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
+  static constexpr int kProducerRegisters = 48, kConsumerRegisters = 224;
 
   // What fits into 227 KB: a second buffer of the state where its operand is not split, then stages, at most 4.
   static constexpr int kStateBuffers = kSplit ? 1 : 2;
@@ -58,7 +58,8 @@ struct SharedStorage {
   typename Cfg::TileZ state[Cfg::kStateBuffers][Cfg::kParts];  // Z^T [slice, Da] as it enters a chunk
   typename Cfg::TileC out[1];                                  // [C, slice] on its way to memory
   typename Cfg::TileA second_out[Cfg::kBoth];                  // [C, Da]
-  tile::Decay<kChunk> decay_of_output, decay_of_state;         // the two roles may be an item apart
+  Weights weights;                                             // of the output warpgroup
+  tile::Decay<kChunk> powers;                                  // of the state warpgroup, which may be an item ahead
   float range_undo[Cfg::kStateBuffers];                        // fp16: the state's operand was divided by this
   float largest[4];
   uint64_t full[Cfg::kStages], empty[Cfg::kStages], tail;
@@ -204,9 +205,9 @@ __device__ __forceinline__ void write_outputs(SharedStorage<Cfg>& smem, const Tr
     if (!item.is_valid) break;
     if (item.num_chunks == 0) continue;
     ptx::named_barrier_sync(kOutputWarps, 128);  // nobody reads the last item's powers any more
-    smem.decay_of_output.fill(simt::slope_of<float>(p, item.sequence, item.head), threadIdx.x % 128, 128);
+    smem.weights.fill(simt::slope_of<float>(p, item.sequence, item.head), inter, intra, reverse, threadIdx.x % 128,
+                      128);
     ptx::named_barrier_sync(kOutputWarps, 128);
-    const float* along = smem.decay_of_output.along(reverse);
 
     Accumulators<kChunk / 2> scores;
     ptx::mbarrier_wait(shared_address(&smem.full[ring.stage]), ring.parity);
@@ -215,16 +216,19 @@ __device__ __forceinline__ void write_outputs(SharedStorage<Cfg>& smem, const Tr
     ptx::pin_registers(scores);
     for (int step = 0; step < item.num_chunks; ++step) {
       const int chunk = item.chunk_at(step), rows = item.rows_of(chunk);
-      const int stage = ring.stage, state = state_ring.stage;
+      const int stage = ptx::uniform(ring.stage), state = ptx::uniform(state_ring.stage);
       Accumulators<Cfg::kSlice / 2> out;
       ptx::mbarrier_wait(shared_address(&smem.state_full[state]), state_ring.parity);
       issue_inter<T, tile::RowsOperand>(out, smem.stages[stage].a, smem.state[state]);
       uint32_t masked[kChunk / 16][4];
-      mask_scores<T>(masked, scores, along, intra, me);
-      const float* row_decay = row_weights(along, reverse, rows, me);
-      float factor = inter;
-      if constexpr (Cfg::kNeedsRange) factor *= smem.range_undo[state];
-      const float upper = factor * row_decay[0], lower = factor * row_decay[8];
+      mask_scores<T>(masked, scores, smem.weights, me);
+      const int row = me.warp * 16 + me.group;
+      float upper = row_weight(smem.weights, reverse, rows, row),
+            lower = row_weight(smem.weights, reverse, rows, row + 8);
+      if constexpr (Cfg::kNeedsRange) {
+        upper *= smem.range_undo[state];
+        lower *= smem.range_undo[state];
+      }
       ptx::wgmma_wait<0>();
       ptx::pin_registers(out);
       __syncwarp();
@@ -238,7 +242,7 @@ __device__ __forceinline__ void write_outputs(SharedStorage<Cfg>& smem, const Tr
       ring.advance();
       const bool has_next = step + 1 < item.num_chunks;
       if (has_next) ptx::mbarrier_wait(shared_address(&smem.full[ring.stage]), ring.parity);
-      const Stage<Cfg>& next = smem.stages[has_next ? ring.stage : stage];
+      const Stage<Cfg>& next = smem.stages[ptx::uniform(has_next ? ring.stage : stage)];
       issue_scores<T>(scores, next.a, next.b);
       ptx::wgmma_wait<1>();
       ptx::pin_registers(out);
@@ -271,9 +275,9 @@ __device__ __forceinline__ void write_both_outputs(SharedStorage<Cfg>& smem, con
     if (!item.is_valid) break;
     if (item.num_chunks == 0) continue;
     ptx::named_barrier_sync(kOutputWarps, 128);  // nobody reads the last item's powers any more
-    smem.decay_of_output.fill(simt::slope_of<float>(p, item.sequence, item.head), threadIdx.x % 128, 128);
+    smem.weights.fill(simt::slope_of<float>(p, item.sequence, item.head), inter, intra, reverse, threadIdx.x % 128,
+                      128);
     ptx::named_barrier_sync(kOutputWarps, 128);
-    const float* along = smem.decay_of_output.along(reverse);
 
     uint32_t masked[kChunk / 16][4], second_masked[kChunk / 16][4];
     {
@@ -285,22 +289,25 @@ __device__ __forceinline__ void write_both_outputs(SharedStorage<Cfg>& smem, con
       ptx::wgmma_wait<0>();
       ptx::pin_registers(scores);
       ptx::pin_registers(second_scores);
-      mask_scores<T>(masked, scores, along, intra, me);
-      mask_scores<T>(second_masked, second_scores, along, intra, me);
+      mask_scores<T>(masked, scores, smem.weights, me);
+      mask_scores<T>(second_masked, second_scores, smem.weights, me);
     }
     for (int step = 0; step < item.num_chunks; ++step) {
       const int chunk = item.chunk_at(step), rows = item.rows_of(chunk);
-      const int stage_idx = ring.stage, state = state_ring.stage;
+      const int stage_idx = ptx::uniform(ring.stage), state = ptx::uniform(state_ring.stage);
       const Stage<Cfg>& stage = smem.stages[stage_idx];
       Accumulators<Cfg::kSlice / 2> out;
       Accumulators<Cfg::kTileA / 2> second_out;
       ptx::mbarrier_wait(shared_address(&smem.state_full[state]), state_ring.parity);
       issue_inter<T, tile::RowsOperand>(out, stage.a, smem.state[state]);
       issue_inter<T, tile::ColumnsOperand>(second_out, stage.second_a[0], smem.state[state]);
-      const float* row_decay = row_weights(along, reverse, rows, me);
-      float factor = inter;
-      if constexpr (Cfg::kNeedsRange) factor *= smem.range_undo[state];
-      const float upper = factor * row_decay[0], lower = factor * row_decay[8];
+      const int row = me.warp * 16 + me.group;
+      float upper = row_weight(smem.weights, reverse, rows, row),
+            lower = row_weight(smem.weights, reverse, rows, row + 8);
+      if constexpr (Cfg::kNeedsRange) {
+        upper *= smem.range_undo[state];
+        lower *= smem.range_undo[state];
+      }
       ptx::wgmma_wait<1>();
       ptx::pin_registers(out);
       scale_rows(out, upper, lower);
@@ -318,7 +325,7 @@ __device__ __forceinline__ void write_both_outputs(SharedStorage<Cfg>& smem, con
       ring.advance();
       const bool has_next = step + 1 < item.num_chunks;
       if (has_next) ptx::mbarrier_wait(shared_address(&smem.full[ring.stage]), ring.parity);
-      const Stage<Cfg>& next = smem.stages[has_next ? ring.stage : stage_idx];
+      const Stage<Cfg>& next = smem.stages[ptx::uniform(has_next ? ring.stage : stage_idx)];
       Accumulators<kChunk / 2> scores;
       issue_scores<T>(scores, next.a, next.b);
       ptx::wgmma_wait<2>();
@@ -332,10 +339,10 @@ __device__ __forceinline__ void write_both_outputs(SharedStorage<Cfg>& smem, con
       store_out<T>(smem.second_out, second_out, maps[1].out, second, item, chunk, is_packed, me);
       ptx::wgmma_wait<1>();
       ptx::pin_registers(scores);
-      mask_scores<T>(masked, scores, along, intra, me);
+      mask_scores<T>(masked, scores, smem.weights, me);
       ptx::wgmma_wait<0>();
       ptx::pin_registers(second_scores);
-      mask_scores<T>(second_masked, second_scores, along, intra, me);
+      mask_scores<T>(second_masked, second_scores, smem.weights, me);
       if (!has_next) release_stage(smem.empty[stage_idx], schedule.cluster, me.lane);
     }
   }
@@ -359,7 +366,7 @@ __device__ __forceinline__ void carry_state(SharedStorage<Cfg>& smem, const Tril
     if (!item.is_valid) break;
     const int cols = job.dim_c - item.first_col;
     ptx::named_barrier_sync(kStateWarps, 128);
-    smem.decay_of_state.fill(simt::slope_of<float>(p, item.sequence, item.head), threadIdx.x % 128, 128);
+    smem.powers.fill(simt::slope_of<float>(p, item.sequence, item.head), threadIdx.x % 128, 128);
     ptx::named_barrier_sync(kStateWarps, 128);
 
     StateAccumulators<Cfg> z;
@@ -375,7 +382,7 @@ __device__ __forceinline__ void carry_state(SharedStorage<Cfg>& smem, const Tril
 
     const bool wants_state = job.final.data != nullptr && item.is_last;
     for (int step = 0; step < item.num_chunks; ++step, ring.advance()) {
-      const int state = state_ring.stage;
+      const int state = ptx::uniform(state_ring.stage), stage = ptx::uniform(ring.stage);
       ptx::mbarrier_wait(shared_address(&smem.state_empty[state]), state_ring.parity ^ 1);
       const float range = operand_range<Cfg>(z, smem, &smem.range_undo[state], me);
 #pragma unroll
@@ -388,8 +395,7 @@ __device__ __forceinline__ void carry_state(SharedStorage<Cfg>& smem, const Tril
 
       ptx::mbarrier_wait(shared_address(&smem.full[ring.stage]), ring.parity);
       if (step + 1 < item.num_chunks || wants_state)
-        update_state<Cfg>(z, smem.stages[ring.stage], smem.decay_of_state, update, reverse,
-                          item.rows_of(item.chunk_at(step)), me);
+        update_state<Cfg>(z, smem.stages[stage], smem.powers, update, reverse, item.rows_of(item.chunk_at(step)), me);
       release_stage(smem.empty[ring.stage], schedule.cluster, me.lane);
     }
     if (wants_state) {
