@@ -129,8 +129,12 @@ Status parse_forced(const std::string& text, Forced* forced) {
       if (Status s = parse_number("LA2_PLAN: slice", value, &forced->slice); !s.is_ok()) return s;
     } else if (key == "segments") {
       if (Status s = parse_number("LA2_PLAN: segments", value, &forced->segments); !s.is_ok()) return s;
+    } else if (key == "cluster") {
+      if (Status s = parse_number("LA2_PLAN: cluster", value, &forced->cluster); !s.is_ok()) return s;
+      if (forced->cluster != 1 && forced->cluster != 2 && forced->cluster != 4)
+        return Status::error("LA2_PLAN: cluster is '" + value + "', expected 1, 2 or 4");
     } else {
-      return Status::error("LA2_PLAN: unknown key '" + key + "', expected family, slice or segments");
+      return Status::error("LA2_PLAN: unknown key '" + key + "', expected family, slice, segments or cluster");
     }
   }
   return Status::ok();

@@ -62,7 +62,8 @@ struct TrilinearParams {
   int64_t num_units;
   bool is_cut;  // some sequence may have more than one segment: the passes before the main one were run
   // job.local is in the family's own order: `local_floats` of a unit and head, one behind the other (0: [Da, Dc]), and
-  // the first segment's state has the initial one in it, so that the combine pass need not know it.
+  // the first segment's state has the initial one in it, so that the combine pass need not know it. That pass leaves at
+  // a unit the state that leaves it (and enters the next one).
   int64_t local_floats;
 };
 

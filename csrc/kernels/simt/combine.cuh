@@ -2,7 +2,8 @@
 //
 //   Z_in(first) = initial        Z_in(next) = lambda^len(g) Z_in(g) + local(g)
 //
-// with the segments g in the order of the sweep. In place: element by element, local(g) gives way to Z_in(g).
+// with the segments g in the order of the sweep. In place: element by element, local(g) gives way to Z_in(g); opaque
+// states (params.local_floats), whose first one contains `initial`, to Z_in(next).
 #pragma once
 
 #include "../../core/decay.h"
@@ -13,10 +14,10 @@
 namespace la2::simt {
 
 constexpr int kCombineThreads = 256;
-constexpr int kCombineAhead = 8;  // segments whose loads are in flight at once
+constexpr int kCombineAhead = 16;  // segments whose loads are in flight at once
 
-// Grid: x = element blocks x heads x units, y = jobs. The block of a sequence's first unit walks all its segments, the
-// others of the sequence have nothing to do. A thread owns 16 bytes of the state.
+// Grid: x = element blocks x heads x units (dense: sequences), y = jobs. The block of a sequence's first unit walks all
+// its segments, the others of the sequence have nothing to do. A thread owns 16 bytes of the state.
 template <class T>
 __global__ void __launch_bounds__(kCombineThreads)
     la2_combine_simt_kernel(const __grid_constant__ TrilinearParams params, int element_blocks) {
@@ -25,7 +26,8 @@ __global__ void __launch_bounds__(kCombineThreads)
   const bool reverse = job.reverse;
   const int64_t heads = params.sizes.heads;
   const int64_t head = blockIdx.x / element_blocks % heads;
-  const int64_t unit_idx = blockIdx.x / element_blocks / heads;
+  int64_t unit_idx = blockIdx.x / element_blocks / heads;
+  if (params.cu_seqlens.data == nullptr) unit_idx *= segments_of(params.sizes.length, params.segment_len);
   const Unit unit = find_unit(params, unit_idx);
   ptx::launch_dependents();
   ptx::wait_for_previous_kernel();
@@ -50,6 +52,7 @@ __global__ void __launch_bounds__(kCombineThreads)
   T* const local =
       static_cast<T*>(job.local.data) + unit_idx * job.local.stride_s + head * job.local.stride_h + element;
   auto place = [&](int64_t step) { return local + (reverse ? count - 1 - step : step) * job.local.stride_s; };
+  // Opaque states: what leaves segment g takes the place of local(g), and the first one is as it should be.
   for (int64_t first = 0; first < count; first += kCombineAhead) {
     Vec<T> gathered[kCombineAhead];
 #pragma unroll
@@ -59,10 +62,11 @@ __global__ void __launch_bounds__(kCombineThreads)
     for (int i = 0; i < kCombineAhead; ++i) {
       const int64_t step = first + i;
       if (step >= count) break;
-      store_global(place(step), z);
+      if (!is_opaque) store_global(place(step), z);
       const T factor = reverse && step == 0 ? decay_of_last : decay;
 #pragma unroll
       for (int e = 0; e < kSize; ++e) z.x[e] = factor * z.x[e] + gathered[i].x[e];
+      if (is_opaque && step > 0 && step + 1 < count) store_global(place(step), z);
     }
   }
 }

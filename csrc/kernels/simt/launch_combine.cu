@@ -14,7 +14,8 @@ cudaError_t launch(const TrilinearParams& params, bool overlaps, cudaStream_t st
   }
   constexpr int64_t kPerBlock = kCombineThreads * (sizeof(Vec<T>) / sizeof(T));
   const int64_t element_blocks = (elements + kPerBlock - 1) / kPerBlock;
-  const int64_t blocks = element_blocks * params.sizes.heads * params.num_units;
+  const bool is_dense = params.cu_seqlens.data == nullptr;
+  const int64_t blocks = element_blocks * params.sizes.heads * (is_dense ? params.sizes.num_seqs : params.num_units);
   if (blocks == 0) return cudaSuccess;
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
   cudaLaunchAttribute overlap{};

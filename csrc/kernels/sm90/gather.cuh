@@ -46,11 +46,11 @@ __device__ inline int first_step(const TrilinearParams& p, const Item& item) {
 template <class Cfg>
 __device__ __forceinline__ void produce(GatherStorage<Cfg>& smem, const TrilinearParams& p, const TrilinearJob& job,
                                         const JobMaps& maps) {
-  const Schedule schedule(p, job, Cfg::kSlice);
+  const Schedule schedule(job, Cfg::kSlice);
   const int lane = threadIdx.x % 32;
   Ring<Cfg::kStages> ring;
   uint32_t tail_parity = 0;
-  for (int index = schedule.first; index < schedule.count; index += schedule.step) {
+  for (int index = schedule.first(); index < schedule.count(p); index += schedule.step()) {
     const Item item = schedule.item(p, job, index, Cfg::kSlice);
     if (!item.is_valid) break;
     for (int step = first_step(p, item); step < item.num_chunks; ++step, ring.advance()) {
@@ -63,8 +63,8 @@ __device__ __forceinline__ void produce(GatherStorage<Cfg>& smem, const Trilinea
       if (lane == 0) {
         const ptx::TmaBox box = item.box(chunk);
         ptx::mbarrier_arrive_expect(barrier, sizeof(GatherStage<Cfg>));
-        load_tile_shared<typename Cfg::TileA>(shared_address(&stage.b), &maps.b, barrier, box, schedule.rank,
-                                              schedule.cluster);
+        load_tile_shared<typename Cfg::TileA>(shared_address(&stage.b), &maps.b, barrier, box,
+                                              static_cast<int>(ptx::cluster_rank()), schedule.cluster);
         load_tile<typename Cfg::TileC>(shared_address(&stage.c), &maps.c, barrier, box, item.first_col);
       }
       if (clears) clear_tail(stage.b, stage.c, rows, barrier, full, tail_parity, lane);
@@ -77,17 +77,17 @@ template <class Cfg>
 __device__ __forceinline__ void gather(GatherStorage<Cfg>& smem, const TrilinearParams& p, const TrilinearJob& job,
                                        int gatherer) {
   using T = typename Cfg::T;
-  const Schedule schedule(p, job, Cfg::kSlice);
+  const Schedule schedule(job, Cfg::kSlice);
   const WarpgroupLane me;
   const float update = static_cast<float>(job.update);
   tile::Decay<kChunk>& powers = smem.powers[gatherer];
   Ring<Cfg::kStages> ring;
-  for (int index = schedule.first; index < schedule.count; index += schedule.step) {
+  for (int index = schedule.first(); index < schedule.count(p); index += schedule.step()) {
     const Item item = schedule.item(p, job, index, Cfg::kSlice);
     if (!item.is_valid) break;
     if (item.is_last) continue;
     ptx::named_barrier_sync(1 + gatherer, 128);
-    powers.fill(simt::slope_of<float>(p, item.sequence, item.head), threadIdx.x % 128, 128);
+    powers.fill(simt::slope_of<float>(p, item.sequence, item.head), ptx::opaque(threadIdx.x % 128), 128);
     ptx::named_barrier_sync(1 + gatherer, 128);
     const int cols = job.dim_c - item.first_col;
     int step = first_step(p, item);
@@ -110,7 +110,7 @@ __device__ __forceinline__ void gather(GatherStorage<Cfg>& smem, const Trilinear
       ptx::pin_registers(z);
       release_stage(smem.empty[ring.stage], schedule.cluster, me.lane);
     }
-    if (gatherer * 64 < cols) store_fragment(z, fragment_of<Cfg::kTileA>(p, job, item, gatherer, me));
+    if (gatherer * 64 < cols) store_fragment(z, fragment_of<Cfg::kTileA>(job, item, item.unit, gatherer, me));
   }
 }
 

@@ -67,11 +67,11 @@ __device__ __forceinline__ void store_state(Accumulators<kRegs>& z, const Mutabl
 }
 
 // A state between segments stays in the order of the registers, 16 bytes a lane: of a unit and head, blocks of 64
-// columns of Dc (state_floats in launch.h). Where this lane's part of a block begins.
+// columns of Dc (state_floats in launch.h). Where this lane's part of a block begins, of what leaves `unit`.
 template <int kTileA>
-__device__ __forceinline__ float4* fragment_of(const TrilinearParams& p, const TrilinearJob& job, const Item& item,
-                                               int block, const WarpgroupLane& me) {
-  float* state = static_cast<float*>(job.local.data) + item.unit * job.local.stride_s + item.head * job.local.stride_h;
+__device__ __forceinline__ float4* fragment_of(const TrilinearJob& job, const Item& item, int unit, int block,
+                                               const WarpgroupLane& me) {
+  float* state = static_cast<float*>(job.local.data) + unit * job.local.stride_s + item.head * job.local.stride_h;
   return reinterpret_cast<float4*>(state + (item.first_col / 64 + block) * (64 * kTileA)) + me.warp * 32 + me.lane;
 }
 template <int kRegs>

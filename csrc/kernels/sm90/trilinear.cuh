@@ -92,11 +92,12 @@ __device__ __forceinline__ void issue_inter(Accumulators<kRegs>& out, const Tile
 template <class Cfg>
 using StateAccumulators = float[Cfg::kSlice / 64][Cfg::kTileA / 2];
 
-// Z = lambda^rows Z + b^T diag(update lambda^n) c, as Z^T += (weighted c)^T b, in blocks of 64 columns of c.
-template <class Cfg>
+// Z = lambda^rows Z + b^T diag(update lambda^n) c, as Z^T += (weighted c)^T b, in blocks of 64 columns of c. Where the
+// blocks go one by one, pause() comes before the last.
+template <class Cfg, class Pause>
 __device__ __forceinline__ void update_state(StateAccumulators<Cfg>& z, const Stage<Cfg>& stage,
                                              const tile::Decay<kChunk>& powers, float factor, bool reverse, int rows,
-                                             const WarpgroupLane& me) {
+                                             const WarpgroupLane& me, const Pause& pause) {
   using T = typename Cfg::T;
   constexpr int kBlocks = Cfg::kSlice / 64;
   const tile::ColumnsOperand<typename Cfg::TileA> b(shared_address(&stage.b));
@@ -108,6 +109,7 @@ __device__ __forceinline__ void update_state(StateAccumulators<Cfg>& z, const St
     for (int block = 0; block < kBlocks; ++block) {
       uint32_t weighted[kChunk / 16][4], rest[kChunk / 16][4];
       weigh_columns<T, true>(weighted, rest, stage.c, block, weights, factor, me);
+      if (block == kBlocks - 1) pause();
       decay_state(z[block], lambda_rows);
       ptx::wgmma_fence();
       issue_update<T, true>(z[block], weighted, rest, b);
@@ -156,11 +158,11 @@ __device__ __forceinline__ float operand_range(const StateAccumulators<Cfg>& z, 
 template <class Cfg>
 __device__ __forceinline__ void produce(SharedStorage<Cfg>& smem, const TrilinearParams& p, const TrilinearJob& job,
                                         const JobMaps* maps) {
-  const Schedule schedule(p, job, Cfg::kSlice);
+  const Schedule schedule(job, Cfg::kSlice);
   const int lane = threadIdx.x % 32;
   Ring<Cfg::kStages> ring;
   uint32_t tail_parity = 0;
-  for (int index = schedule.first; index < schedule.count; index += schedule.step) {
+  for (int index = schedule.first(); index < schedule.count(p); index += schedule.step()) {
     const Item item = schedule.item(p, job, index, Cfg::kSlice);
     if (!item.is_valid) break;
     for (int step = 0; step < item.num_chunks; ++step, ring.advance()) {
@@ -174,10 +176,10 @@ __device__ __forceinline__ void produce(SharedStorage<Cfg>& smem, const Trilinea
       if (lane == 0) {
         const ptx::TmaBox box = item.box(chunk);
         ptx::mbarrier_arrive_expect(barrier, sizeof(Stage<Cfg>));
-        load_tile_shared<typename Cfg::TileA>(shared_address(&stage.b), &maps->b, barrier, box, schedule.rank,
-                                              schedule.cluster);
-        load_tile_shared<typename Cfg::TileA>(shared_address(&stage.a), &maps->a, barrier, box, schedule.rank,
-                                              schedule.cluster);
+        load_tile_shared<typename Cfg::TileA>(shared_address(&stage.b), &maps->b, barrier, box,
+                                              static_cast<int>(ptx::cluster_rank()), schedule.cluster);
+        load_tile_shared<typename Cfg::TileA>(shared_address(&stage.a), &maps->a, barrier, box,
+                                              static_cast<int>(ptx::cluster_rank()), schedule.cluster);
         load_tile<typename Cfg::TileC>(shared_address(&stage.c), &maps->c, barrier, box, item.first_col);
         if constexpr (Cfg::kBoth)
           load_tile<typename Cfg::TileC>(shared_address(&stage.second_a[0]), &maps[1].a, barrier, box, 0);
@@ -193,20 +195,20 @@ template <class Cfg>
 __device__ __forceinline__ void write_outputs(SharedStorage<Cfg>& smem, const TrilinearParams& p,
                                               const TrilinearJob& job, const JobMaps& maps) {
   using T = typename Cfg::T;
-  const Schedule schedule(p, job, Cfg::kSlice);
+  const Schedule schedule(job, Cfg::kSlice);
   const WarpgroupLane me;
   const bool reverse = job.reverse;
   const bool is_packed = p.cu_seqlens.data != nullptr;
   const float inter = static_cast<float>(job.inter), intra = static_cast<float>(job.intra);
   Ring<Cfg::kStages> ring;
   Ring<Cfg::kStateBuffers> state_ring;
-  for (int index = schedule.first; index < schedule.count; index += schedule.step) {
+  for (int index = schedule.first(); index < schedule.count(p); index += schedule.step()) {
     const Item item = schedule.item(p, job, index, Cfg::kSlice);
     if (!item.is_valid) break;
     if (item.num_chunks == 0) continue;
     ptx::named_barrier_sync(kOutputWarps, 128);  // nobody reads the last item's powers any more
-    smem.weights.fill(simt::slope_of<float>(p, item.sequence, item.head), inter, intra, reverse, threadIdx.x % 128,
-                      128);
+    smem.weights.fill(simt::slope_of<float>(p, item.sequence, item.head), inter, intra, reverse,
+                      ptx::opaque(threadIdx.x % 128), 128);
     ptx::named_barrier_sync(kOutputWarps, 128);
 
     Accumulators<kChunk / 2> scores;
@@ -263,20 +265,20 @@ __device__ __forceinline__ void write_both_outputs(SharedStorage<Cfg>& smem, con
                                                    const JobMaps* maps) {
   using T = typename Cfg::T;
   const TrilinearJob &first = p.jobs[0], &second = p.jobs[1];
-  const Schedule schedule(p, first, Cfg::kSlice);
+  const Schedule schedule(first, Cfg::kSlice);
   const WarpgroupLane me;
   const bool reverse = first.reverse;
   const bool is_packed = p.cu_seqlens.data != nullptr;
   const float inter = static_cast<float>(first.inter), intra = static_cast<float>(first.intra);
   Ring<Cfg::kStages> ring;
   Ring<Cfg::kStateBuffers> state_ring;
-  for (int index = schedule.first; index < schedule.count; index += schedule.step) {
+  for (int index = schedule.first(); index < schedule.count(p); index += schedule.step()) {
     const Item item = schedule.item(p, first, index, Cfg::kSlice);
     if (!item.is_valid) break;
     if (item.num_chunks == 0) continue;
     ptx::named_barrier_sync(kOutputWarps, 128);  // nobody reads the last item's powers any more
-    smem.weights.fill(simt::slope_of<float>(p, item.sequence, item.head), inter, intra, reverse, threadIdx.x % 128,
-                      128);
+    smem.weights.fill(simt::slope_of<float>(p, item.sequence, item.head), inter, intra, reverse,
+                      ptx::opaque(threadIdx.x % 128), 128);
     ptx::named_barrier_sync(kOutputWarps, 128);
 
     uint32_t masked[kChunk / 16][4], second_masked[kChunk / 16][4];
@@ -354,19 +356,19 @@ template <class Cfg>
 __device__ __forceinline__ void carry_state(SharedStorage<Cfg>& smem, const TrilinearParams& p, const TrilinearJob& job,
                                             bool reads_previous) {
   using T = typename Cfg::T;
-  const Schedule schedule(p, job, Cfg::kSlice);
+  const Schedule schedule(job, Cfg::kSlice);
   const WarpgroupLane me;
   const bool reverse = job.reverse;
   const float update = static_cast<float>(job.update);
   Ring<Cfg::kStages> ring;
   Ring<Cfg::kStateBuffers> state_ring;
   if (reads_previous) ptx::wait_for_previous_kernel();
-  for (int index = schedule.first; index < schedule.count; index += schedule.step) {
+  for (int index = schedule.first(); index < schedule.count(p); index += schedule.step()) {
     const Item item = schedule.item(p, job, index, Cfg::kSlice);
     if (!item.is_valid) break;
     const int cols = job.dim_c - item.first_col;
     ptx::named_barrier_sync(kStateWarps, 128);
-    smem.powers.fill(simt::slope_of<float>(p, item.sequence, item.head), threadIdx.x % 128, 128);
+    smem.powers.fill(simt::slope_of<float>(p, item.sequence, item.head), ptx::opaque(threadIdx.x % 128), 128);
     ptx::named_barrier_sync(kStateWarps, 128);
 
     StateAccumulators<Cfg> z;
@@ -376,7 +378,7 @@ __device__ __forceinline__ void carry_state(SharedStorage<Cfg>& smem, const Tril
       if (item.is_first) {
         load_state(z[block], job.initial, item, block * 64, job.dim_a, cols, me);
       } else if (block * 64 < cols) {
-        load_fragment(z[block], fragment_of<Cfg::kTileA>(p, job, item, block, me));
+        load_fragment(z[block], fragment_of<Cfg::kTileA>(job, item, item.unit + (reverse ? 1 : -1), block, me));
       }
     }
 
@@ -395,7 +397,9 @@ __device__ __forceinline__ void carry_state(SharedStorage<Cfg>& smem, const Tril
 
       ptx::mbarrier_wait(shared_address(&smem.full[ring.stage]), ring.parity);
       if (step + 1 < item.num_chunks || wants_state)
-        update_state<Cfg>(z, smem.stages[stage], smem.powers, update, reverse, item.rows_of(item.chunk_at(step)), me);
+        update_state<Cfg>(
+            z, smem.stages[stage], smem.powers, update, reverse, item.rows_of(item.chunk_at(step)), me,
+            [&] { ptx::mbarrier_wait(shared_address(&smem.state_empty[state_ring.stage]), state_ring.parity ^ 1); });
       release_stage(smem.empty[ring.stage], schedule.cluster, me.lane);
     }
     if (wants_state) {

@@ -32,23 +32,26 @@ struct Item {
   __device__ ptx::TmaBox box(int chunk) const { return {0, row_begin + chunk * kChunk, head, batch}; }
 };
 
-// Where the items of this block's job are, and in which order it takes them.
+// Where the items of this block's job are, and in which order it takes them. What only every item asks for is computed
+// anew each time: consumers have no registers to keep it.
 struct Schedule {
-  int rank, cluster, slice_groups, heads;
-  int first, step, count;  // the launch has seen to it that they fit
+  int cluster, slice_groups;
 
-  __device__ Schedule(const TrilinearParams& params, const TrilinearJob& job, int slice_cols)
-      : rank(static_cast<int>(ptx::cluster_rank())), cluster(static_cast<int>(ptx::cluster_size())) {
+  __device__ Schedule(const TrilinearJob& job, int slice_cols) : cluster(static_cast<int>(ptx::cluster_size())) {
     const int slices = (job.dim_c + slice_cols - 1) / slice_cols;
     slice_groups = (slices + cluster - 1) / cluster;
-    heads = static_cast<int>(params.sizes.heads);
-    first = static_cast<int>(blockIdx.x) / cluster;
-    step = static_cast<int>(gridDim.x) / cluster;
-    count = static_cast<int>(params.num_units) * heads * slice_groups;
+  }
+
+  __device__ int first() const { return static_cast<int>(blockIdx.x) / cluster; }
+  __device__ int step() const { return static_cast<int>(gridDim.x) / cluster; }
+  // The launch has seen to it that this fits.
+  __device__ int count(const TrilinearParams& params) const {
+    return static_cast<int>(params.num_units) * static_cast<int>(params.sizes.heads) * slice_groups;
   }
 
   // Slices fastest, then heads, then units. Whole warps, every lane with the same index.
   __device__ Item item(const TrilinearParams& params, const TrilinearJob& job, int index, int slice_cols) const {
+    const int heads = static_cast<int>(params.sizes.heads);
     const int unit_idx = index / slice_groups / heads;
     const simt::Unit unit = simt::find_unit(params, unit_idx);
     Item item;
@@ -58,7 +61,7 @@ struct Schedule {
     item.head = index / slice_groups % heads;
     item.row_begin = static_cast<int>(unit.row_begin);
     item.length = static_cast<int>(unit.length);
-    item.first_col = (index % slice_groups * cluster + rank) * slice_cols;
+    item.first_col = (index % slice_groups * cluster + static_cast<int>(ptx::cluster_rank())) * slice_cols;
     item.num_chunks = (item.length + kChunk - 1) / kChunk;
     item.is_valid = unit.valid;
     item.reverse = job.reverse;
