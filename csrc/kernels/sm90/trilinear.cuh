@@ -277,8 +277,8 @@ __device__ __forceinline__ void write_both_outputs(SharedStorage<Cfg>& smem, con
     if (!item.is_valid) break;
     if (item.num_chunks == 0) continue;
     ptx::named_barrier_sync(kOutputWarps, 128);  // nobody reads the last item's powers any more
-    smem.weights.fill(simt::slope_of<float>(p, item.sequence, item.head), inter, intra, reverse,
-                      ptx::opaque(threadIdx.x % 128), 128);
+    smem.weights.fill(simt::slope_of<float>(p, item.sequence, item.head), inter, intra, reverse, threadIdx.x % 128,
+                      128);
     ptx::named_barrier_sync(kOutputWarps, 128);
 
     uint32_t masked[kChunk / 16][4], second_masked[kChunk / 16][4];
@@ -366,7 +366,6 @@ __device__ __forceinline__ void carry_state(SharedStorage<Cfg>& smem, const Tril
   for (int index = schedule.first(); index < schedule.count(p); index += schedule.step()) {
     const Item item = schedule.item(p, job, index, Cfg::kSlice);
     if (!item.is_valid) break;
-    const int cols = job.dim_c - item.first_col;
     ptx::named_barrier_sync(kStateWarps, 128);
     smem.powers.fill(simt::slope_of<float>(p, item.sequence, item.head), ptx::opaque(threadIdx.x % 128), 128);
     ptx::named_barrier_sync(kStateWarps, 128);
@@ -376,8 +375,8 @@ __device__ __forceinline__ void carry_state(SharedStorage<Cfg>& smem, const Tril
     for (int block = 0; block < Cfg::kSlice / 64; ++block) {
       clear(z[block]);
       if (item.is_first) {
-        load_state(z[block], job.initial, item, block * 64, job.dim_a, cols, me);
-      } else if (block * 64 < cols) {
+        load_state(z[block], job.initial, item, block * 64, job.dim_a, job.dim_c - item.first_col, me);
+      } else if (block * 64 < job.dim_c - item.first_col) {
         load_fragment(z[block], fragment_of<Cfg::kTileA>(job, item, item.unit + (reverse ? 1 : -1), block, me));
       }
     }
@@ -405,7 +404,7 @@ __device__ __forceinline__ void carry_state(SharedStorage<Cfg>& smem, const Tril
     if (wants_state) {
 #pragma unroll
       for (int block = 0; block < Cfg::kSlice / 64; ++block)
-        store_state(z[block], job.final, item, block * 64, job.dim_a, cols, me);
+        store_state(z[block], job.final, item, block * 64, job.dim_a, job.dim_c - item.first_col, me);
     }
   }
 }
