@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import slopes
+from .padded import forward_padded
 from .parts import GroupRMSNorm, Lrpe, Rotary
 from .presets import PRESETS, Preset
 from .state import LayerState
@@ -135,8 +136,8 @@ class LightningAttention(nn.Module):
         Args:
             hidden_states: ``[B, N, hidden_size]``.
             attention_mask: ``[B, N]``, bool or numbers, nonzero for tokens and 0 for padding, which may stand on the
-                left, on the right or on both sides, but not between tokens. Padding neither enters nor ages a state,
-                takes no position, and its rows of the result are zero.
+                left, on the right or on both sides: it neither enters nor ages a state, takes no position, and its rows
+                of the result are zero. (Zeros between tokens are alike, but age the state.)
             cu_seqlens: int32 or int64 ``[num_seqs + 1]``: B is 1 and sequence i is tokens
                 ``cu_seqlens[i]:cu_seqlens[i + 1]``. Excludes attention_mask.
             position_ids: ``[B, N]``, of each token in its sequence; by default counted on from ``state.length``.
@@ -205,7 +206,9 @@ class LightningAttention(nn.Module):
             added = q.shape[2] if cu_seqlens is None else cu_seqlens[1:] - cu_seqlens[:-1]
             state.store(final, state.length + added)
             return o
-        return self._attend_padded(q, k, v, mask, state, slope)
+        o, final = forward_padded(q, k, v, mask, state.state, slope, scale)
+        state.store(final, state.length + mask.sum(1))
+        return o
 
     def _decode(self, q, k, v, mask, state: LayerState, slope) -> Tensor:
         indices = None
@@ -217,24 +220,6 @@ class LightningAttention(nn.Module):
         o = torch.ops.la2.decode(*rows, state.state, slope, state_indices=indices, scale=self.scale)
         state.length.add_(added)
         return o.unsqueeze(2)
-
-    def _attend_padded(self, q, k, v, mask, state: LayerState, slope) -> Tensor:
-        """Rows of unlike lengths as one packed call: padding, row 0, padding, row 1, ..., padding. A stretch of padding
-        is a sequence with a state of its own, and reaches no row's. No size depends on the mask."""
-        b, n = mask.shape
-        count = mask.sum(1)
-        start = mask.to(torch.int8).argmax(1) + torch.arange(b, device=mask.device) * n
-        edges = torch.stack((start, start + count), 1).flatten()
-        cu_seqlens = F.pad(edges, (1, 1))
-        cu_seqlens[-1] = b * n
-        initial = state.state.new_zeros(2 * b + 1, *state.state.shape[1:])
-        initial[1::2] = state.state
-        packed = (t.transpose(1, 2).flatten(0, 1)[None].transpose(1, 2) for t in (q, k, v))
-        o, final = torch.ops.la2.forward_with_state(
-            *packed, slope, initial_state=initial, cu_seqlens=cu_seqlens, scale=self.scale
-        )
-        state.store(final[1::2], state.length + count)
-        return o.transpose(1, 2).unflatten(1, (b, n)).squeeze(0).transpose(1, 2)
 
     def extra_repr(self) -> str:
         return (
