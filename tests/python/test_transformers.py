@@ -155,7 +155,7 @@ def test_padding_does_not_age_a_cached_state(patched):
 
 @torch.no_grad()
 def test_beam_search_is_that_without_a_cache(original, patched):
-    """transformers' own cache leaves the states where they were when beams move, so its search differs from this one."""
+    """transformers' own cache leaves the states where they were when beams move: its search is another one."""
     ids = prompt(2, 50)
     options = {"max_new_tokens": 12, "num_beams": 4, "do_sample": False}
     exact = original.generate(ids, use_cache=False, **options)
@@ -165,10 +165,10 @@ def test_beam_search_is_that_without_a_cache(original, patched):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("heads", (16, 40))
-def test_bfloat16_is_no_further_from_float32(heads):
-    """Both ways to a bfloat16 model: converted, and built in that dtype, where transformers' slopes are bfloat16 too."""
-    torch.manual_seed(heads)
+def test_bfloat16_is_no_further_from_float32():
+    """Both ways to a bfloat16 model: converted, and built in that dtype, where transformers computes slopes in it."""
+    torch.manual_seed(0)
+    heads = 64
     shape = config(hidden_size=128, num_attention_heads=heads, head_dim=8, num_key_value_heads=heads)
     exact = MiniMaxForCausalLM(shape).eval()
     ids = prompt(2, 600)

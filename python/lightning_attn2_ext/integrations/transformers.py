@@ -1,8 +1,8 @@
 """transformers' MiniMax (``MiniMaxForCausalLM``) on `torch.ops.la2.*`, with the weights that it has.
 
 ``patch()`` makes every MiniMax model built from then on (``from_pretrained``, ``from_config``) use this package's
-attention, through transformers' own patch mapping; ``patch(model)`` changes a model that exists already. ``unpatch`` undoes
-either. Parameters, buffers, state dicts and the signature of ``forward`` stay.
+attention, through transformers' own patch mapping; ``patch(model)`` changes a model that exists already. ``unpatch``
+undoes either. Parameters, buffers, state dicts and the signature of ``forward`` stay.
 
 What is different from the code that is replaced:
 
@@ -85,8 +85,8 @@ class LightningMiniMaxAttention(MiniMaxLightningAttention):
     ) -> tuple[Tensor, Tensor]:
         """As the original's: ``(output [B, N, hidden], state [B, H, D, D])``; position_embeddings are not used.
 
-        attention_mask is ``[B, N]`` (of these tokens alone) or None. With past_key_values the layer's state is read from
-        it and stored in it; a single token updates it in place.
+        attention_mask is ``[B, N]`` (of these tokens alone) or None. With past_key_values the layer's state is read
+        from it and stored in it; a single token updates it in place.
         """
         batch, length, _ = hidden_states.shape
         heads, dim = self.num_attention_heads, self.head_dim
@@ -131,7 +131,7 @@ def patch(model: nn.Module | None = None, *, slopes: str = "hf_minimax") -> int 
         With a model, the number of layers that were changed; else None.
 
     Raises:
-        ValueError: on unknown slopes, a model without such layers, or when another package has its own mapping for them.
+        ValueError: on unknown slopes, a model without such layers, or where others have a mapping for them.
     """
     if slopes not in _SLOPES:
         raise ValueError(f"patch: slopes is {slopes!r}, expected one of {', '.join(_SLOPES)}")

@@ -12,11 +12,11 @@ __all__ = ["forward_padded"]
 def forward_padded(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor, state: Tensor | None, slope: Tensor, scale: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Output and final states of right-sized rows: padding on either side neither enters nor ages a row's state.
+    """Output and final states of rows of unlike lengths: padding on either side neither enters nor ages a row's state.
 
-    The rows, one behind the other, are padding, row 0, padding, row 1, ..., padding: sequences of one packed call, those
-    of padding with states of their own. No size depends on the mask, so nothing is read back from the device. Zeros of
-    the mask between ones, which are no padding, add nothing to the state but age it.
+    One behind the other they are padding, row 0, padding, row 1, ..., padding: sequences of one packed call, those of
+    padding with states of their own. No size depends on the mask, so nothing is read back from the device. Zeros of the
+    mask between ones, which are no padding, add nothing to the state but age it.
 
     Args:
         q, k: ``[B, H, N, D]``; v: ``[B, H, N, E]``; best with ``[B, N, H, ...]`` storage, which is not copied.
