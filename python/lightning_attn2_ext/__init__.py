@@ -7,7 +7,7 @@ below are imported on first use, which keeps the import short.
 from importlib import import_module as _import_module
 from typing import TYPE_CHECKING
 
-from . import _load, _ops  # noqa: F401 - in this order: _load defines the operators, _ops adds their Python side
+from . import _autocast, _load, _ops  # noqa: F401 - _load defines the operators, the others add their Python side
 
 if TYPE_CHECKING:
     from .functional import lightning_attention
