@@ -13,14 +13,26 @@ _USAGE = """usage: python -m lightning_attn2_ext <command> [options]
   bench cpu   time the operators on the CPU beside softmax attention
   bench ops   time the operators on a CUDA device beside other packages
 
+and, on a CPU or a GPU, with tables, JSON and plots:
+
+  bench compare   every operator that is installed here: time, memory, error
+  bench speed     this operator and softmax attention over growing lengths
+  bench memory    the most memory that each of them holds
+  bench decode    one token for each of many sequences
+  bench accuracy  the distance of each of them from float64
+  bench layer     transformers' MiniMax layer as it is and on this operator
+  bench train     a language model trained with each of them from one seed
+
 Each takes --help."""
 
+_TABLES = ("compare", "speed", "memory", "decode", "accuracy", "layer", "train")
 _COMMANDS = {
     ("demo",): "demo.cli",
     ("info",): "info",
     ("check",): "check",
     ("bench", "cpu"): "bench.cpu",
     ("bench", "ops"): "bench.ops",
+    **{("bench", name): f"bench.{name}" for name in _TABLES},
 }
 
 
