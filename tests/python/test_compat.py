@@ -14,15 +14,15 @@ from triton_ref import naive
 
 
 def slope_of(x, values):
-    return x.replace(slope=values.to(x.q.dtype if x.q.dtype == torch.float64 else torch.float32))
+    return x.replace(slope=values.to(x.q.device, torch.float32))
 
 
 # ---- lightning_attn
 
 
 @pytest.mark.parametrize("dims", [(64, 64), (60, 100), (264, 16), (16, 300)], ids=str)
-def test_official(dims):
-    x = Case(heads=3, batch=2, length=70, key_dim=dims[0], value_dim=dims[1], state_layout=None).make()
+def test_official(device, dims):
+    x = Case(heads=3, batch=2, length=70, key_dim=dims[0], value_dim=dims[1], state_layout=None).make(device)
     x = slope_of(x, torch.tensor([0.0, 0.3, 60.0]))
     for shape in ((3, 1, 1), (3,), (1, 3, 1, 1)):
         check_forward(x, official.lightning_attn_func(x.q, x.k, x.v, x.slope.view(shape)))
@@ -30,8 +30,8 @@ def test_official(dims):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_official_gradients(dtype):
-    x = Case(heads=3, batch=2, length=70, key_dim=16, value_dim=24, state_layout=None, dtype=dtype).make()
+def test_official_gradients(device, dtype):
+    x = Case(heads=3, batch=2, length=70, key_dim=16, value_dim=24, state_layout=None, dtype=dtype).make(device)
     leaves = [t.clone().requires_grad_() for t in (x.q, x.k, x.v)]
     out = official.lightning_attn_func(*leaves, official._build_slope_tensor(3).to(dtype))
     x = slope_of(x, slopes.sala(3).to(dtype).float()).replace(grad_final_state=torch.zeros_like(x.grad_final_state))
@@ -67,9 +67,9 @@ FLA = {  # name: (arguments that choose the decay, its slopes)
 functions = pytest.mark.parametrize("name", FLA)
 
 
-def fla_case(name, **changes):
+def fla_case(name, device="cpu", **changes):
     values = {"heads": HEADS, "batch": 2, "length": 70, "key_dim": 16, "value_dim": 24, "layout": "bnhd"}
-    return slope_of(Case(**(values | changes)).make(), FLA[name][1])
+    return slope_of(Case(**(values | changes)).make(device), FLA[name][1])
 
 
 def call(name, x, q, k, v, **options):
@@ -84,8 +84,8 @@ def accepts(name, argument):
 
 @functions
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
-def test_fla(name, packed):
-    x = fla_case(name, **({"lengths": (20, 0, 50)} if packed else {}))
+def test_fla(device, name, packed):
+    x = fla_case(name, device, **({"lengths": (20, 0, 50)} if packed else {}))
     options = {"initial_state": x.initial_state, "cu_seqlens": x.cu_seqlens, "output_final_state": True}
     check_forward(x.replace(scale=0.3), *call(name, x, x.q, x.k, x.v, scale=0.3, **options))
     check_forward(x.replace(scale=16**-0.5), *call(name, x, x.q, x.k, x.v, **options))
@@ -95,8 +95,8 @@ def test_fla(name, packed):
 
 
 @functions
-def test_fla_gradients(name):
-    x = fla_case(name).replace(scale=0.5)
+def test_fla_gradients(device, name):
+    x = fla_case(name, device).replace(scale=0.5)
     leaves = [t.detach().clone().requires_grad_() for t in (x.q, x.k, x.v, x.initial_state)]
     values = call(name, x, *leaves[:3], scale=0.5, initial_state=leaves[3], output_final_state=True)
     dq, dk, dv, dstate = torch.autograd.grad(values, leaves, x.grads)
@@ -104,8 +104,8 @@ def test_fla_gradients(name):
 
 
 @pytest.mark.parametrize("name", [n for n in FLA if accepts(n, "state_v_first")])
-def test_fla_state_v_first(name):
-    x = fla_case(name).replace(scale=0.5)
+def test_fla_state_v_first(device, name):
+    x = fla_case(name, device).replace(scale=0.5)
     initial = x.initial_state.mT.contiguous()
     options = {"scale": 0.5, "initial_state": initial, "output_final_state": True}
     out, state = call(name, x, x.q, x.k, x.v, state_v_first=True, **options)
@@ -119,9 +119,9 @@ def test_fla_state_v_first(name):
 
 @pytest.mark.parametrize("name", [n for n in FLA if accepts(n, "reverse")])
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
-def test_fla_reverse(name, packed):
+def test_fla_reverse(device, name, packed):
     """Each sequence read backwards: the recurrence on it turned round, and its output turned back."""
-    x = fla_case(name, **({"lengths": (20, 0, 50)} if packed else {})).replace(scale=0.5)
+    x = fla_case(name, device, **({"lengths": (20, 0, 50)} if packed else {})).replace(scale=0.5)
     options = {"initial_state": x.initial_state, "cu_seqlens": x.cu_seqlens, "scale": 0.5, "output_final_state": True}
     out, state = call(name, x, x.q, x.k, x.v, reverse=True, **options)
     edges = [0, 70] if x.cu_seqlens is None else x.cu_seqlens.tolist()
@@ -188,8 +188,8 @@ def test_fla_compiles_without_a_break():
 
 @pytest.mark.parametrize("length", [1, 255, 256, 257, 700])
 @pytest.mark.parametrize("with_history", [False, True])
-def test_vllm_prefill(length, with_history):
-    x = Case(heads=3, batch=2, length=length, key_dim=16, value_dim=24).make()
+def test_vllm_prefill(device, length, with_history):
+    x = Case(heads=3, batch=2, length=length, key_dim=16, value_dim=24).make(device)
     x = slope_of(x, torch.tensor([0.05, 0.9, 5.0]))
     if not with_history:
         x = x.replace(initial_state=None)
@@ -215,12 +215,12 @@ def test_vllm_block_size():
 
 @pytest.mark.parametrize("slots", [[5, 0, 3], [4, -1, 2], [-1, -1, -1], [-7, 5, -1]], ids=str)
 @pytest.mark.parametrize("pool_dtype", [torch.float32, torch.bfloat16])
-def test_vllm_decode(slots, pool_dtype):
-    x = Case(heads=2, batch=3, length=1, key_dim=16, value_dim=16).make()
+def test_vllm_decode(device, slots, pool_dtype):
+    x = Case(heads=2, batch=3, length=1, key_dim=16, value_dim=16).make(device)
     x = slope_of(x, torch.tensor([0.1, 0.9]))
     generator = torch.Generator().manual_seed(3)
-    pool = torch.randn(6, 2, 16, 16, generator=generator).to(pool_dtype)
-    before, index = pool.clone(), torch.tensor(slots, dtype=torch.int32)
+    pool = torch.randn(6, 2, 16, 16, generator=generator).to(device, pool_dtype)
+    before, index = pool.clone(), torch.tensor(slots, dtype=torch.int32, device=device)
     out = vllm.linear_decode_forward_triton(x.q, x.k, x.v, pool, x.slope, index)
     assert out.shape == (3, 32)
     want, after = naive.decode(*(t[:, :, 0] for t in (x.q, x.k, x.v)), before, x.slope, state_indices=index)
@@ -262,21 +262,21 @@ LENGTHS = (40, 1, 70, 9)
 class Requests:
     """A packed call: tokens, a pool of ten slots, and what the recurrence makes of each request."""
 
-    def __init__(self, slots, scales, lengths=LENGTHS, pool_dtype=torch.float32, dim=16, heads=3):
+    def __init__(self, device, slots, scales, lengths=LENGTHS, pool_dtype=torch.float32, dim=16, heads=3):
         generator = torch.Generator().manual_seed(4)
-        self.q, self.k, self.v = torch.randn(3, sum(lengths), heads, dim, generator=generator)
-        self.pool = torch.randn(10, heads, dim, dim, generator=generator).to(pool_dtype)
+        self.q, self.k, self.v = torch.randn(3, sum(lengths), heads, dim, generator=generator).to(device)
+        self.pool = torch.randn(10, heads, dim, dim, generator=generator).to(device, pool_dtype)
         self.before = self.pool.clone()
-        self.slope = torch.tensor([0.05, 0.9, 6.0])
+        self.slope = torch.tensor([0.05, 0.9, 6.0], device=device)
         self.edges = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
         self.slots, self.scales, self.scale = slots, scales, dim**-0.5
         self.meta = sglang.SegLaMeta(
             batch_size=len(lengths),
             max_q_length=None,
-            q_offsets=torch.tensor(self.edges, dtype=torch.int32),
-            s_offsets=torch.tensor(slots, dtype=torch.int32),
+            q_offsets=torch.tensor(self.edges, dtype=torch.int32, device=device),
+            s_offsets=torch.tensor(slots, dtype=torch.int32, device=device),
             q_lengths=None,
-            s_scales=torch.tensor(scales),
+            s_scales=torch.tensor(scales, device=device),
         )
 
     def run(self, **options):
@@ -300,8 +300,8 @@ def near(got, want, dtype=torch.float32):
 
 @pytest.mark.parametrize("slots", [[7, 2, 0, 5], [7, -1, 0, -1], [-1, -1, -1, -1]], ids=str)
 @pytest.mark.parametrize("pool_dtype", [torch.float32, torch.bfloat16])
-def test_sglang_prefill(slots, pool_dtype):
-    r = Requests(slots, [1, 0, 0, 1], pool_dtype=pool_dtype)
+def test_sglang_prefill(device, slots, pool_dtype):
+    r = Requests(device, slots, [1, 0, 0, 1], pool_dtype=pool_dtype)
     out = r.run()
     for i, slot in enumerate(slots):
         rows = out[r.edges[i] : r.edges[i + 1]]
@@ -315,9 +315,9 @@ def test_sglang_prefill(slots, pool_dtype):
     assert torch.equal(r.pool[others], r.before[others])
 
 
-def test_sglang_softmax_scale_and_tokens_behind_the_last():
-    r = Requests([7, 2, 0, 5], [1, 0, 0, 1])
-    r.q, r.k, r.v = (torch.cat((t, torch.ones(6, *t.shape[1:]))) for t in (r.q, r.k, r.v))
+def test_sglang_softmax_scale_and_tokens_behind_the_last(device):
+    r = Requests(device, [7, 2, 0, 5], [1, 0, 0, 1])
+    r.q, r.k, r.v = (torch.cat((t, torch.ones(6, *t.shape[1:], device=device))) for t in (r.q, r.k, r.v))
     out = r.run(softmax_scale=0.7)
     r.scale = 0.7
     for i in range(4):
@@ -326,10 +326,11 @@ def test_sglang_softmax_scale_and_tokens_behind_the_last():
     assert out.shape[0] == 126 and not out[120:].any()
 
 
-def test_sglang_tracked_states():
+def test_sglang_tracked_states(device):
     """At multiples of 32, in between, at the end, nowhere; and none of a request that is padding."""
-    r = Requests([7, 2, 0, -1], [1, 0, 1, 1])
-    out = r.run(track_lens=torch.tensor([40, 1, 33, 5]), track_state_indices=torch.tensor([9, -1, 4, 6]))
+    r = Requests(device, [7, 2, 0, -1], [1, 0, 1, 1])
+    lens = torch.tensor([40, 1, 33, 5], device=device)
+    out = r.run(track_lens=lens, track_state_indices=torch.tensor([9, -1, 4, 6], device=device))
     for i in range(3):
         near(out[r.edges[i] : r.edges[i + 1]], r.want(i)[0])
         near(r.pool[r.slots[i]], r.want(i)[1])
@@ -341,9 +342,9 @@ def test_sglang_tracked_states():
 
 @pytest.mark.parametrize("slots", [[7, 2, 0], [4, -1, 1]], ids=str)
 @pytest.mark.parametrize("pool_dtype", [torch.float32, torch.bfloat16])
-def test_sglang_decode(slots, pool_dtype):
-    r = Requests(slots, [1, 1, 1], lengths=(1, 1, 1), pool_dtype=pool_dtype)
-    r.meta.s_scales = torch.zeros(3)  # not heeded: a decode goes on from its state
+def test_sglang_decode(device, slots, pool_dtype):
+    r = Requests(device, slots, [1, 1, 1], lengths=(1, 1, 1), pool_dtype=pool_dtype)
+    r.meta.s_scales = torch.zeros(3, device=device)  # not heeded: a decode goes on from its state
     out = r.run()
     for i, slot in enumerate(slots):
         if slot < 0:
@@ -355,11 +356,11 @@ def test_sglang_decode(slots, pool_dtype):
 
 @pytest.mark.parametrize("slots", [[7, 2, 0], [4, -1, 1], [-1, -1, -1]], ids=str)
 @pytest.mark.parametrize("cache_dtype", [torch.float32, torch.bfloat16])
-def test_sglang_verification_keeps_every_state(slots, cache_dtype):
-    r = Requests(slots, [1, 1, 1], lengths=(4, 4, 4))
-    caches = torch.randn(6, 5, 3, 16, 16, generator=torch.Generator().manual_seed(5)).to(cache_dtype)
+def test_sglang_verification_keeps_every_state(device, slots, cache_dtype):
+    r = Requests(device, slots, [1, 1, 1], lengths=(4, 4, 4))
+    caches = torch.randn(6, 5, 3, 16, 16, generator=torch.Generator().manual_seed(5)).to(device, cache_dtype)
     before, entries = caches.clone(), [5, 0, 3]
-    out = r.run(caches=caches, cache_indices=torch.tensor(entries, dtype=torch.int32))
+    out = r.run(caches=caches, cache_indices=torch.tensor(entries, dtype=torch.int32, device=device))
     assert torch.equal(r.pool, r.before)
     for i, slot in enumerate(slots):
         rows = out[r.edges[i] : r.edges[i + 1]]
@@ -372,8 +373,8 @@ def test_sglang_verification_keeps_every_state(slots, cache_dtype):
     assert torch.equal(caches[:, 4], before[:, 4]) and torch.equal(caches[[1, 2, 4]], before[[1, 2, 4]])
 
 
-def test_sglang_refusals():
-    r = Requests([7, 2, 0, 5], [1, 0, 0, 1])
+def test_sglang_refusals(device):
+    r = Requests(device, [7, 2, 0, 5], [1, 0, 0, 1])
     with pytest.raises(ValueError, match="one of track_lens and track_state_indices"):
         r.run(track_lens=torch.tensor([1, 1, 1, 1]))
     with pytest.raises(ValueError, match="cache_indices is None"):

@@ -242,6 +242,21 @@ def test_gradients_through_padding_and_pieces(preset):
     assert state.state.requires_grad and not state.detach_().state.requires_grad
 
 
+def test_zeros_of_the_mask_between_tokens_age_the_state():
+    """In this preset a zero input makes zero keys and values."""
+    module, x = layer("minimax"), tokens(2, 20)
+    mask = torch.ones(2, 20)
+    mask[0, 7:10], mask[1, :3] = 0, 0
+    state, own = module.new_state(2), module.new_state(1)
+    with torch.no_grad():
+        out = module(x, attention_mask=mask, state=state)
+        want = module(torch.where(mask[:1, :, None] > 0, x[:1], 0), state=own)
+        assert_near(module(x, attention_mask=mask)[0, 10:], want[0, 10:])
+    assert_near(out[0, 10:], want[0, 10:])
+    assert_near(state.state[0], own.state[0])
+    assert not out[0, 7:10].any()
+
+
 def test_padding_receives_no_gradient():
     module, x = layer("minimax"), tokens(1, 9).requires_grad_()
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 0, 0]])
@@ -358,7 +373,25 @@ def test_a_preset_of_ones_own():
     assert not hasattr(plain, "z_proj") and plain(tokens(1, 3)).shape == (1, 3, WIDTH)
 
 
-def test_float32_is_near_float64():
-    for preset in PRESETS:
-        module = layer(preset, torch.float32)
-        assert_near(module(tokens(2, 300, torch.float32)).double(), reference(module, preset, tokens(2, 300)), SINGLE)
+@presets
+def test_float32_is_near_float64_on_each_device(device, preset):
+    """Whole, packed, padded with a state, and decoded."""
+    module, x = layer(preset, torch.float32), tokens(2, 300)
+    want = reference(module, preset, x)
+    module, x = module.to(device), x.float().to(device)
+    assert module.slope.device.type == device
+    mask = torch.ones(2, 280, dtype=torch.int64, device=device)
+    mask[1, :100] = 0
+    state = module.new_state(2)
+    with torch.no_grad():
+        assert_near(module(x).double().cpu(), want, SINGLE)
+        pieces = [module(x[:, :280], state=state), *(module(x[:, i : i + 1], state=state) for i in range(280, 300))]
+        assert_near(torch.cat(pieces, 1).double().cpu(), want, SINGLE)
+        cu_seqlens = torch.tensor([0, 300, 600], device=device)
+        packed = module(x.flatten(0, 1)[None], cu_seqlens=cu_seqlens)
+        assert_near(packed.unflatten(1, (2, 300))[0].double().cpu(), want, SINGLE)
+        shifted = torch.cat((x[1:, :100], x[1:, :180]), 1)  # 100 rows of padding, then the first 180 tokens
+        out = module(torch.cat((x[:1, :280], shifted)), attention_mask=mask, state=state.reset_())
+        assert_near(out[0].double().cpu(), want[0, :280], SINGLE)
+        assert_near(out[1, 100:].double().cpu(), want[1, :180], SINGLE)
+        assert not out[1, :100].any() and state.length.tolist() == [280, 180]

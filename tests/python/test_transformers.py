@@ -58,9 +58,9 @@ def layout(request):
 
 
 @pytest.fixture(scope="module")
-def original(layout):
+def original(layout, device):
     torch.manual_seed(0)
-    return MiniMaxForCausalLM(config(layer_types=LAYOUTS[layout])).eval()
+    return MiniMaxForCausalLM(config(layer_types=LAYOUTS[layout])).eval().to(device)
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +78,8 @@ def states_of(cache):
     return [s for s in cache.linear_cache if isinstance(s, torch.Tensor)]
 
 
-def prompt(batch, length, seed=1):
-    return torch.randint(1, 101, (batch, length), generator=torch.Generator().manual_seed(seed))
+def prompt(batch, length, seed=1, device="cpu"):
+    return torch.randint(1, 101, (batch, length), generator=torch.Generator().manual_seed(seed)).to(device)
 
 
 def greedy(model, ids, new, **options):
@@ -90,14 +90,14 @@ def greedy(model, ids, new, **options):
 
 @torch.no_grad()
 def test_prefill_of_1000_tokens(original, patched):
-    ids = prompt(2, 1000)
+    ids = prompt(2, 1000, device=patched.device)
     want, got = original(ids).logits, patched(ids).logits
     assert (got - want).abs().max() <= LOGITS and want.abs().max() > 0.1
 
 
 @torch.no_grad()
 def test_64_generated_tokens(original, patched):
-    want, got = (greedy(m, prompt(2, 50), 64) for m in (original, patched))
+    want, got = (greedy(m, prompt(2, 50, device=m.device), 64) for m in (original, patched))
     assert torch.equal(got.sequences, want.sequences) and got.sequences.shape == (2, 114)
     assert (torch.stack(got.logits) - torch.stack(want.logits)).abs().max() <= LOGITS
     states = states_of(got.past_key_values)
@@ -108,7 +108,7 @@ def test_64_generated_tokens(original, patched):
 @torch.no_grad()
 @pytest.mark.parametrize("pieces", [(300,), (100, 1, 150, 49), (1, 299)], ids=str)
 def test_a_cached_prompt_goes_on_in_pieces(patched, pieces):
-    ids, cache, outs = prompt(2, 300), MiniMaxCache(), []
+    ids, cache, outs = prompt(2, 300, device=patched.device), MiniMaxCache(), []
     for piece in ids.split(pieces, 1):
         outs.append(patched(piece, past_key_values=cache, use_cache=True).logits)
     assert (torch.cat(outs, 1) - patched(ids).logits).abs().max() <= LOGITS
@@ -120,7 +120,8 @@ def test_a_cached_prompt_goes_on_in_pieces(patched, pieces):
 
 @torch.no_grad()
 def test_left_padding(original, patched, layout):
-    ids, mask = prompt(3, 40), torch.ones(3, 40, dtype=torch.int64)
+    ids = prompt(3, 40, device=patched.device)
+    mask = torch.ones_like(ids)
     for row, pad in enumerate((0, 7, 33)):
         ids[row, :pad], mask[row, :pad] = 0, 0
     want, got = (greedy(m, ids, 8, attention_mask=mask) for m in (original, patched))
@@ -135,9 +136,9 @@ def test_left_padding(original, patched, layout):
 def test_padding_does_not_age_a_cached_state(patched):
     """On both sides, for tokens behind a prompt: what the layer gives each row is what it gives that row alone."""
     layer = lightning_layers(patched)[0]
-    x = torch.randn(3, 30, 64, generator=torch.Generator().manual_seed(2))
+    x = torch.randn(3, 30, 64, generator=torch.Generator().manual_seed(2)).to(patched.device)
     first, second = x.split((12, 18), 1)
-    mask = torch.zeros(3, 18, dtype=torch.int64)
+    mask = torch.zeros(3, 18, dtype=torch.int64, device=patched.device)
     spans = ((0, 18), (5, 18), (2, 11))
     for row, (a, b) in enumerate(spans):
         mask[row, a:b] = 1
@@ -156,7 +157,7 @@ def test_padding_does_not_age_a_cached_state(patched):
 @torch.no_grad()
 def test_beam_search_is_that_without_a_cache(original, patched):
     """transformers' own cache leaves the states where they were when beams move: its search is another one."""
-    ids = prompt(2, 50)
+    ids = prompt(2, 50, device=patched.device)
     options = {"max_new_tokens": 12, "num_beams": 4, "do_sample": False}
     exact = original.generate(ids, use_cache=False, **options)
     assert torch.equal(patched.generate(ids, use_cache=True, **options), exact)
@@ -165,15 +166,15 @@ def test_beam_search_is_that_without_a_cache(original, patched):
 
 
 @torch.no_grad()
-def test_bfloat16_is_no_further_from_float32():
+def test_bfloat16_is_no_further_from_float32(device):
     """Both ways to a bfloat16 model: converted, and built in that dtype, where transformers computes slopes in it."""
     torch.manual_seed(0)
     heads = 64
     shape = config(hidden_size=128, num_attention_heads=heads, head_dim=8, num_key_value_heads=heads)
-    exact = MiniMaxForCausalLM(shape).eval()
-    ids = prompt(2, 600)
+    exact = MiniMaxForCausalLM(shape).eval().to(device)
+    ids = prompt(2, 600, device=device)
     want = exact(ids).logits
-    built = AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16).eval()
+    built = AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16).eval().to(device)
     built.load_state_dict({n: p.bfloat16() for n, p in exact.state_dict().items() if "_decay" not in n}, strict=False)
     for narrow in (copy.deepcopy(exact).bfloat16(), built):
         theirs = (narrow(ids).logits.float() - want).norm()
@@ -183,7 +184,7 @@ def test_bfloat16_is_no_further_from_float32():
 
 
 def test_gradients(original, patched):
-    ids = prompt(2, 70)
+    ids = prompt(2, 70, device=patched.device)
     grads = []
     for model in (original, patched):
         model.zero_grad()
@@ -199,13 +200,13 @@ def test_new_models_through_the_mapping(original, tmp_path):
     original.save_pretrained(tmp_path)
     integration.patch()
     integration.patch()  # again is no error
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval().to(original.device)
     built = AutoModelForCausalLM.from_config(original.config)
     integration.unpatch()
     assert integration.is_patched(loaded) and integration.is_patched(built)
     assert loaded.state_dict().keys() == original.state_dict().keys()
     assert not integration.is_patched(AutoModelForCausalLM.from_config(config()))
-    ids = prompt(1, 80)
+    ids = prompt(1, 80, device=original.device)
     with torch.no_grad():
         assert (loaded(ids).logits - original(ids).logits).abs().max() <= LOGITS
         assert torch.equal(copy.deepcopy(loaded)(ids).logits, loaded(ids).logits)
@@ -214,7 +215,7 @@ def test_new_models_through_the_mapping(original, tmp_path):
 def test_unpatch_a_model(original):
     model, number = copy.deepcopy(original), len(lightning_layers(original))
     assert integration.patch(model) == integration.unpatch(model) == number and integration.unpatch(model) == 0
-    ids = prompt(1, 30)
+    ids = prompt(1, 30, device=model.device)
     with torch.no_grad():
         assert torch.equal(model(ids).logits, original(ids).logits)
     assert all(type(m) is not integration.LightningMiniMaxAttention for m in model.modules())

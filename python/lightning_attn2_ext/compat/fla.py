@@ -9,7 +9,8 @@ Differences: ``g``, a decay for each token, is refused; states are float32 in be
 the chunked forward); float32 inputs are not computed in TF32 unless torch's settings allow it; ``cu_seqlens`` is never
 read on the host, so it is not checked against the tokens; keyword arguments that fla would drop silently are refused by
 name (``chunk_size`` and ``cu_seqlens_cpu``, which only tune, are accepted); works under ``torch.compile``, which fla's
-functions are excluded from. As there, the default scale is ``K ** -0.5``."""
+functions are excluded from. As there, the default scale is ``K ** -0.5``.
+"""
 
 from __future__ import annotations
 

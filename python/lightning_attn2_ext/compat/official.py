@@ -2,7 +2,8 @@
 
 Differences: any length and head dim, CPU tensors too, strided tensors without a copy; float32 inputs in float32 (there
 in TF32, unless ``torch.set_float32_matmul_precision`` allows it here); a gradient for s where it asks for one (there
-None); nothing is compiled at the first call of a shape; works under ``torch.compile``."""
+None); nothing is compiled at the first call of a shape; works under ``torch.compile``.
+"""
 
 from __future__ import annotations
 

@@ -5,7 +5,8 @@ Differences: rows behind the first block of 256 and rows that continue from ``kv
 what comes through the state multiplied by ``exp(ed)``, one decay step too few; its state and its decode are right, so
 prefill and decode disagree there and agree here. Further: any head dim; padding rows of decode are zero (there
 uninitialised) and any negative slot is padding (there -1); the pool is updated in float32 arithmetic whatever its
-dtype; block_size counts (there it is 256 whatever is said); there is a gradient."""
+dtype; block_size counts (there it is 256 whatever is said); there is a gradient.
+"""
 
 from __future__ import annotations
 
