@@ -1,5 +1,6 @@
 """bench compare, speed, memory, decode, accuracy, layer and train: what they check, skip, write and draw."""
 
+import functools
 import json
 
 import pytest
@@ -183,8 +184,10 @@ def test_accuracy(tmp_path, capsys):
     assert not any(r["passed"] for r in rows if r["op"] == "off") and "OUTSIDE" in accuracy.table(rows)
 
 
-def test_layer(tmp_path, capsys):
+def test_layer(tmp_path, capsys, monkeypatch):
     pytest.importorskip("transformers", minversion="5.0", reason="transformers 5 is not installed")
+    # aot_eager captures the same graph as inductor and needs no compiler at test time.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     for dtype in ("fp32", "bf16"):
         target = tmp_path / f"{dtype}.json"
         assert layer.main(["--quick", "--device", "cpu", "--dtype", dtype, "--json", str(target)]) == 0
@@ -192,6 +195,9 @@ def test_layer(tmp_path, capsys):
         assert [r["op"] for r in rows] == [layer.AS_IS, layer.OURS] * 2 and all(0 < r["error"] < 0.05 for r in rows)
         assert all(r["ms"] > 0 and r["projections_ms"] > 0 for r in rows)
     assert "one token for each of 3" in capsys.readouterr().out
+    assert layer.main(["--quick", "--device", "cpu", "--compile", "--json", str(target)]) == 0
+    ops = [r["op"] for r in results(target)["results"]]
+    assert ops == [layer.AS_IS, layer.OURS, layer.COMPILED, layer.AS_IS, layer.OURS]
 
 
 def test_layer_refuses_a_wrong_operator(monkeypatch):

@@ -20,7 +20,7 @@ from . import machine, report
 #: Hidden size, heads and head dim of MiniMax-Text-01, and its 80 layers.
 SHAPE = {"hidden_size": 6144, "num_attention_heads": 64, "head_dim": 128, "num_hidden_layers": 80}
 QUICK_SHAPE = {"hidden_size": 96, "num_attention_heads": 4, "head_dim": 16, "num_hidden_layers": 80}
-AS_IS, OURS = "transformers", "la2"
+AS_IS, OURS, COMPILED = "transformers", "la2", "la2, compiled"
 
 
 class _Cache:
@@ -73,17 +73,18 @@ def measure(what: str, modules, x: Tensor, state: Tensor | None, clock, repeats:
     # As transformers has it the cache is in the dtype of the layer.
     states = {AS_IS: None if state is None else state.to(x.dtype), OURS: state}
     errors = {}
-    for name in (AS_IS, OURS):
-        own = states[name]
+    names = [n for n in (AS_IS, OURS, COMPILED) if n in modules and (n != COMPILED or state is None)]
+    for name in names:
+        own = states.get(name)
         errors[name] = testing.error(_call(modules[name], x, None if own is None else own.clone()), want).l2
     del want
     rows = []
     alone = clock.median(lambda: projections(modules[AS_IS], x, wide), repeats)
-    for name in (AS_IS, OURS):
-        taken = clock.median(lambda name=name: _call(modules[name], x, states[name]), repeats)
+    for name in names:
+        taken = clock.median(lambda name=name: _call(modules[name], x, states.get(name)), repeats)
         row = {"what": what, "op": name, "ms": taken, "projections_ms": alone, "rest_ms": max(taken - alone, 0.0)}
         bound = testing.MARGIN * errors[AS_IS] + torch.finfo(x.dtype).eps / 2
-        row |= {"error": errors[name], "passed": name == AS_IS or errors[OURS] <= bound}
+        row |= {"error": errors[name], "passed": name == AS_IS or errors[name] <= bound}
         rows.append(row)
     return rows
 
@@ -108,6 +109,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batches", nargs="+", type=int, metavar="B", help="decodes (default 1 64; CPU 4)")
     parser.add_argument("--hidden", type=int, help="hidden size (default 6144; CPU 768)")
     parser.add_argument("--heads", type=int, help="heads of 128 (default 64; CPU 8)")
+    parser.add_argument("--compile", action="store_true", help="prefill by the patched layer under torch.compile too")
     parser.add_argument("--repeats", type=int, help="timed calls of which the median is shown (default 20, CPU 3)")
     arguments = parser.parse_args(argv)
     try:
@@ -128,6 +130,8 @@ def main(argv: list[str] | None = None) -> int:
     print(f"transformers {transformers.__version__}, {shape}, {facts['dtype']}; medians of {repeats}")
     clock, rows = machine.clock_for(device), []
     modules = layers(shape, dtype, device)
+    if arguments.compile:
+        modules[COMPILED] = torch.compile(modules[OURS], fullgraph=True, dynamic=False)
     generator = torch.Generator(device).manual_seed(1)
 
     def normal(*size: int) -> Tensor:

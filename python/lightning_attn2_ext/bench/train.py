@@ -213,7 +213,11 @@ def main(argv: list[str] | None = None) -> int:
         names.append(OFFICIAL)
     if arguments.only:
         names = [n for n in names if n == REFERENCE or n in arguments.only]
-    facts |= {"size": dataclasses.asdict(size), "text": corpus.name, "seed": arguments.seed}
+    facts |= {
+        "size": dataclasses.asdict(size),
+        "text": arguments.text_dir or "Python standard library sources",
+        "seed": arguments.seed,
+    }
     rows = [train(name, size, corpus.train, dtype, device, arguments.seed) for name in names]
     compare(rows)
     millions = rows[0]["parameters"] / 1e6
@@ -221,7 +225,7 @@ def main(argv: list[str] | None = None) -> int:
         f"{millions:.1f} M parameters, {size.rows} x {size.length} bytes a step, {facts['dtype']}, "
         f"{facts.get('gpu', facts['cpu'])}"
     )
-    print(f"\n{caption}; {corpus.name}\n\n{table(rows)}")
+    print(f"\n{caption}; {text}\n\n{table(rows)}")
     if arguments.json:
         report.write_json(arguments.json, "train", facts, rows)
     if arguments.plots:
