@@ -40,8 +40,8 @@ class Size:
     rows: int = 16
     length: int = 1024
     steps: int = 300
-    # Training amplifies every rounding, the more the higher the rate: at 3e-4, reached in 30 steps, even float32 sums in
-    # another order end far from each other, which says nothing about an operator.
+    # Training amplifies every rounding, the more the higher the rate: at 3e-4, reached in 30 steps, even float32 sums
+    # in another order end far from each other, which says nothing about an operator.
     rate: float = 1e-4
     warmup: int = 100
 
