@@ -1,8 +1,8 @@
 """``bench layer``: one Lightning layer of transformers' MiniMax, as it is and on this operator, with the same weights.
 
-Times of the whole layer and of its three projections alone; "rest" is the difference: operator, activation,
-the norm and the gate take. Each length is prefilled without a cache, and one token is decoded for each of a batch.
-The outputs are checked first, against the layer in float64: the error may be half as large again as the original's.
+Times of the whole layer and of its three projections alone; "rest" is the difference: operator, activation, norm and
+gate. Each length is prefilled without a cache, and one token is decoded for each of a batch. The outputs are checked
+first, against the layer in float64: the error may be half as large again as the original's.
 """
 
 from __future__ import annotations
@@ -23,15 +23,13 @@ QUICK_SHAPE = {"hidden_size": 96, "num_attention_heads": 4, "head_dim": 16, "num
 AS_IS, OURS, COMPILED = "transformers", "la2", "la2, compiled"
 
 
-class _Cache:
-    """What the layer asks of a cache, for one layer: a step starts from the same state every time."""
+def _cache(state: Tensor):
+    """A cache that holds the state of this one layer."""
+    from transformers.models.minimax.modeling_minimax import MiniMaxCache
 
-    def __new__(cls, state: Tensor):
-        from transformers.models.minimax.modeling_minimax import MiniMaxCache
-
-        cache = MiniMaxCache()
-        cache.set_linear_cache(0, state)
-        return cache
+    cache = MiniMaxCache()
+    cache.set_linear_cache(0, state)
+    return cache
 
 
 def layers(shape: dict, dtype: torch.dtype, device: torch.device, seed: int = 0) -> dict[str, nn.Module]:
@@ -62,7 +60,7 @@ def projections(layer: nn.Module, x: Tensor, wide: Tensor) -> Tensor:
 
 
 def _call(layer: nn.Module, x: Tensor, state: Tensor | None) -> Tensor:
-    return layer(x, None, None, past_key_values=None if state is None else _Cache(state))[0]
+    return layer(x, None, None, past_key_values=None if state is None else _cache(state))[0]
 
 
 def measure(what: str, modules, x: Tensor, state: Tensor | None, clock, repeats: int) -> list[dict]:
