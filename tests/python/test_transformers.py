@@ -205,7 +205,10 @@ def test_new_models_through_the_mapping(original, tmp_path):
     integration.unpatch()
     assert integration.is_patched(loaded) and integration.is_patched(built)
     assert loaded.state_dict().keys() == original.state_dict().keys()
-    assert not integration.is_patched(AutoModelForCausalLM.from_config(config()))
+    plain = AutoModelForCausalLM.from_config(original.config)
+    assert not integration.is_patched(plain)
+    collected = [m(prompt(1, 9), output_attentions=True, use_cache=False).attentions for m in (plain, built)]
+    assert len(collected[0]) == len(collected[1]) == len(lightning_layers(plain))
     ids = prompt(1, 80, device=original.device)
     with torch.no_grad():
         assert (loaded(ids).logits - original(ids).logits).abs().max() <= LOGITS

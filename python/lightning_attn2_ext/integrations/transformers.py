@@ -160,12 +160,26 @@ def unpatch(model: nn.Module | None = None) -> int | None:
         taken = get_patch_mapping().get(_TARGET)
         if taken is not None and issubclass(taken, LightningMiniMaxAttention):
             unregister_patch_mapping([_TARGET])
+            _restore_recorders()
         return None
     layers = [m for m in model.modules() if isinstance(m, LightningMiniMaxAttention)]
     for layer in layers:
         layer.__class__ = MiniMaxLightningAttention
         layer.__dict__.pop("_la2_slope", None)
     return len(layers)
+
+
+def _restore_recorders() -> None:
+    """Building a model under a mapping also changes, for the class and for good, whose outputs ``output_attentions``
+    collects. The original class there stands for its subclasses too."""
+    recorded = modeling_minimax.MiniMaxPreTrainedModel._can_record_outputs
+    for name, of in recorded.items():
+        if isinstance(of, list):
+            recorded[name] = [MiniMaxLightningAttention if _is_ours(c) else c for c in of]
+
+
+def _is_ours(c: object) -> bool:
+    return isinstance(c, type) and issubclass(c, LightningMiniMaxAttention)
 
 
 def is_patched(model: nn.Module) -> bool:
