@@ -19,9 +19,16 @@ from lightning_attn2_ext.bench import (
     speed,
     train,
 )
+from tests.support.tolerance import one_thread
 
 SMALL = ("--heads", "2", "--head-dim", "16", "--lengths", "64", "128", "--repeats", "1", "--device", "cpu")
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def single_thread():
+    with one_thread():
+        yield
 
 
 class Off(entries.PlainChunks):

@@ -242,6 +242,17 @@ def test_gradients_through_padding_and_pieces(preset):
     assert state.state.requires_grad and not state.detach_().state.requires_grad
 
 
+def test_one_token_with_gradients_of_values_alone():
+    """The decode operator has no gradient, so that it must not be used here."""
+    module, x = layer("retnet").requires_grad_(False), tokens(2, 3)
+    module.v_proj.requires_grad_(True)
+    state, plain = module.new_state(2), module.new_state(2)
+    out = torch.cat([module(piece, state=state) for piece in x.split(1, 1)], 1)
+    (got,) = torch.autograd.grad(out.square().sum(), [module.v_proj.weight])
+    (want,) = torch.autograd.grad(module(x, state=plain).square().sum(), [module.v_proj.weight])
+    assert_near(got, want, 1e-9)
+
+
 def test_zeros_of_the_mask_between_tokens_age_the_state():
     """In this preset a zero input makes zero keys and values."""
     module, x = layer("minimax"), tokens(2, 20)

@@ -196,7 +196,7 @@ class LightningAttention(nn.Module):
             if mask is not None:  # zero keys and values add nothing, whatever the decay
                 k, v = (torch.where(mask[:, None, :, None], t, 0) for t in (k, v))
             return la2.forward(q, k, v, slope, cu_seqlens=cu_seqlens, scale=scale)
-        grad = torch.is_grad_enabled() and (state.state.requires_grad or q.requires_grad)
+        grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, state.state))
         if q.shape[2] == 1 and cu_seqlens is None and not grad:
             return self._decode(q, k, v, mask, state, slope)
         if mask is None:
