@@ -8,8 +8,11 @@
 //
 // Build, with TORCH the folder of the torch package (python -c 'import torch; print(torch.__path__[0])'):
 //
-//   g++ -std=c++20 -O1 run_package.cpp -o run_package -isystem TORCH/include
-//       -isystem TORCH/include/torch/csrc/api/include -LTORCH/lib -Wl,-rpath,TORCH/lib -ltorch -ltorch_cpu -lc10 -ldl
+//   g++ -std=c++20 -O1 run_package.cpp -o run_package
+//       -isystem TORCH/include -isystem TORCH/include/torch/csrc/api/include
+//       -LTORCH/lib -Wl,-rpath,TORCH/lib -Wl,--no-as-needed -ltorch -ltorch_cpu -lc10 -ldl
+//
+// The package asks for libtorch.so by name, hence --no-as-needed: it must be in the process already.
 
 #include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>

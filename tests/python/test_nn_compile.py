@@ -170,7 +170,7 @@ LOADER = pathlib.Path(__file__).resolve().parents[1] / "aot_inductor" / "run_pac
 def build_loader(folder):
     """By the command that the file itself states."""
     text = LOADER.read_text()
-    command = " ".join(re.search(r"//   (g\+\+ .*)\n//       (.*)\n", text).groups())
+    command = re.search(r"//   (g\+\+ .*\n(?://       .*\n)+)", text)[1].replace("//", "")
     words = shlex.split(command.replace("TORCH", torch.__path__[0]))
     words[words.index(LOADER.name)] = str(LOADER)
     done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=600)
