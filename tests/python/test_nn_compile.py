@@ -31,12 +31,13 @@ def fresh_dynamo():
     torch.compiler.reset()
 
 
-def build(preset):
+def build(preset, device="cpu"):
     torch.manual_seed(0)
-    return LanguageModel(preset)
+    return LanguageModel(preset).to(device)
 
 
 def loss_and_gradients(model, parameters, batch, **options):
+    batch = batch.to(parameters[0].device)
     loss = F.cross_entropy(model(batch[:, :-1], **options).flatten(0, 1), batch[:, 1:].flatten())
     return loss, *torch.autograd.grad(loss, parameters)
 
@@ -47,8 +48,8 @@ def assert_near(got, want):
         assert (a - b).norm() <= 1e-4 * b.norm() + 1e-7
 
 
-def train_over_lengths(preset, backend, lengths, **options):
-    model = build(preset)
+def train_over_lengths(preset, backend, lengths, device="cpu", **options):
+    model = build(preset, device)
     parameters, counter = list(model.parameters()), CompileCounterWithBackend(backend)
     compiled = torch.compile(model, fullgraph=True, backend=counter, **options)
     for length in lengths:
@@ -58,15 +59,15 @@ def train_over_lengths(preset, backend, lengths, **options):
 
 
 @presets
-def test_training_compiles_twice_for_20_lengths(preset):
+def test_training_compiles_twice_for_20_lengths(device, preset):
     """fullgraph: a graph break is an error. Once for the first length, once for all others."""
-    assert train_over_lengths(preset, "aot_eager", LENGTHS) <= 2
+    assert train_over_lengths(preset, "aot_eager", LENGTHS, device) <= 2
 
 
 @needs_compiler
 @pytest.mark.slow
-def test_training_by_inductor():
-    assert train_over_lengths("minimax", "inductor", (64, 257), dynamic=True) <= 2
+def test_training_by_inductor(device):
+    assert train_over_lengths("minimax", "inductor", (64, 257), device, dynamic=True) <= 2
 
 
 def test_training_under_autocast_and_with_checkpoints():
@@ -96,9 +97,9 @@ def test_packed_training_compiles_twice(preset):
 
 
 @pytest.mark.parametrize("preset", ["transnormer", "ring_linear"])
-def test_serving_compiles_twice_for_prompts_and_once_for_steps(preset):
+def test_serving_compiles_twice_for_prompts_and_once_for_steps(device, preset):
     model, prefills, steps = (
-        build(preset),
+        build(preset, device),
         CompileCounterWithBackend("aot_eager"),
         CompileCounterWithBackend("aot_eager"),
     )
@@ -106,8 +107,8 @@ def test_serving_compiles_twice_for_prompts_and_once_for_steps(preset):
     step = torch.compile(model, fullgraph=True, backend=steps)
     with torch.no_grad():
         for length in (7, 20, 33, 64, 150):
-            ids = tokens(3, length + 6, seed=length)
-            mask = torch.ones(3, length, dtype=torch.int64)
+            ids = tokens(3, length + 6, seed=length).to(device)
+            mask = torch.ones(3, length, dtype=torch.int64, device=device)
             mask[0, : length // 2] = 0
             states, plain = model.new_states(3), model.new_states(3)
             addresses = [s.state.data_ptr() for s in states]
