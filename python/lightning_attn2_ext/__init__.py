@@ -7,18 +7,18 @@ below are imported on first use, which keeps the import short.
 from importlib import import_module as _import_module
 from typing import TYPE_CHECKING
 
-from . import _load, _ops  # noqa: F401 - in this order: _load defines the operators, _ops adds their Python side
+from . import _autocast, _load, _ops  # noqa: F401 - _load defines the operators, the others add their Python side
 
 if TYPE_CHECKING:
-    from .functional import lightning_attention
+    from .functional import lightning_attention, lightning_attention_decode
 
 __version__ = _load.version
 cuda_status = _load.cuda_status  # "loaded", or why the CUDA kernels are not
 
-__all__ = ["__version__", "cuda_status", "lightning_attention"]
+__all__ = ["__version__", "cuda_status", "lightning_attention", "lightning_attention_decode"]
 
-_FUNCTIONS = {"lightning_attention": "functional"}  # name -> its module
-_MODULES = ("functional", "slopes", "testing")
+_FUNCTIONS = dict.fromkeys(("lightning_attention", "lightning_attention_decode"), "functional")  # name -> its module
+_MODULES = ("compat", "functional", "integrations", "nn", "slopes", "testing")
 
 
 def __getattr__(name: str):

@@ -12,10 +12,21 @@ _USAGE = """usage: python -m lightning_attn2_ext <command> [options]
   check       test this installation on every device and dtype
   bench cpu   time the operators on the CPU beside softmax attention
   bench ops   time the operators on a CUDA device beside other packages
-  bench calibrate   the constants of the planner's cost model, measured on a Hopper GPU
+
+and, on a CPU or a GPU, with tables, JSON and plots:
+
+  bench compare   every operator that is installed here: time, memory, error
+  bench speed     this operator and softmax attention over growing lengths
+  bench memory    the most memory that each of them holds
+  bench decode    one token for each of many sequences
+  bench accuracy  the distance of each of them from float64
+  bench layer     transformers' MiniMax layer as it is and on this operator
+  bench train     a language model trained with each of them from one seed
+  bench calibrate the constants of the planner's cost model, on a Hopper GPU
 
 Each takes --help."""
 
+_TABLES = ("compare", "speed", "memory", "decode", "accuracy", "layer", "train")
 _COMMANDS = {
     ("demo",): "demo.cli",
     ("info",): "info",
@@ -23,6 +34,7 @@ _COMMANDS = {
     ("bench", "cpu"): "bench.cpu",
     ("bench", "ops"): "bench.ops",
     ("bench", "calibrate"): "bench.calibrate",
+    **{("bench", name): f"bench.{name}" for name in _TABLES},
 }
 
 

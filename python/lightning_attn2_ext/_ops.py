@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from . import _load  # noqa: F401 - defines the operators
+
 _la2 = torch.ops.la2
 _library = torch.library.Library("la2", "IMPL")
 

@@ -1,0 +1,35 @@
+"""What autocast does with the operators: q, k and v go in the autocast dtype, as into every other matrix product.
+
+Slopes, states and offsets stay as they are, sums are float32 as ever, and gradients come back in the dtype of the
+inputs. Float64 is left alone, as autocast leaves it everywhere. `la2::backward` has no rule: it gets what forward got.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import _load  # noqa: F401 - defines the operators
+
+_library = torch.library.Library("la2", "IMPL")
+_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
+
+
+def _cast(x: torch.Tensor, device_type: str) -> torch.Tensor:
+    if x.device.type != device_type or not x.is_floating_point() or x.dtype == torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(device_type))
+
+
+def _register(op, device_type: str) -> None:
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, _KEYS[device_type]))
+
+    def autocast(q, k, v, *args, **kwargs):
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            return op(*(_cast(x, device_type) for x in (q, k, v)), *args, **kwargs)
+
+    _library.impl(op, autocast, _KEYS[device_type])
+
+
+for _op in (torch.ops.la2.forward, torch.ops.la2.forward_with_state, torch.ops.la2.decode):
+    for _device_type in _KEYS:
+        _register(_op.default, _device_type)

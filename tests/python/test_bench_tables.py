@@ -1,0 +1,268 @@
+"""bench compare, speed, memory, decode, accuracy, layer and train: what they check, skip, write and draw."""
+
+import functools
+import json
+
+import pytest
+import torch
+
+from lightning_attn2_ext.bench import (
+    accuracy,
+    compare,
+    decode,
+    entries,
+    layer,
+    machine,
+    memory,
+    peers,
+    plots,
+    speed,
+    train,
+)
+from tests.support.tolerance import one_thread
+
+SMALL = ("--heads", "2", "--head-dim", "16", "--lengths", "64", "128", "--repeats", "1", "--device", "cpu")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def single_thread():
+    with one_thread():
+        yield
+
+
+class Off(entries.PlainChunks):
+    """An operator whose results are a thousandth off."""
+
+    name = "off"
+
+    def forward(self, q, k, v):
+        return super().forward(q, k, v) * 1.001
+
+
+class Absent(peers.Peer):
+    name = "absent"
+    module = "no_such_package_for_lightning_attn2"
+
+
+class Broken(peers.Peer):
+    name = "broken"
+
+    def prepare(self, slope):
+        raise RuntimeError("no kernel\nfor this")
+
+
+def results(path):
+    return json.loads(path.read_text())
+
+
+def test_compare_without_any_peer(tmp_path, capsys, monkeypatch):
+    """What is not there is named; what is there gets a time, a peak and an error, and a picture of each."""
+    absent = tuple(type(c.__name__, (c,), {"module": Absent.module}) for c in entries.ENTRIES if c.module)
+    there = tuple(c for c in entries.ENTRIES if not c.module)
+    monkeypatch.setattr(entries, "ENTRIES", there + absent)
+    target = tmp_path / "out.json"
+    assert compare.main([*SMALL, "--json", str(target), "--plots", str(tmp_path / "plots")]) == 0
+    said = capsys.readouterr().out
+    for name in ("lightning_attn", "fla simple_gla", "vLLM", "sglang seg_la"):
+        assert f"skipped: {name}: ModuleNotFoundError: No module named" in said
+    assert "skipped: softmax (cuDNN): runs on a CUDA device only" in said
+    found = results(target)
+    assert found["environment"]["peers"]["vLLM"].startswith("skipped: ModuleNotFoundError")
+    assert {r["op"] for r in found["results"]} == {"la2 BHND", "la2 BNHD", "softmax (SDPA)", "plain PyTorch"}
+    assert len(found["results"]) == 4 * 2 * 2
+    for r in found["results"]:
+        assert r["passed"] and r["ms"] > 0 and r["peak_bytes"] > 0 and 0 < max(r["errors"].values()) < 1e-5
+        assert r["tokens_per_s"] == pytest.approx(r["n"] / r["ms"] * 1e3)
+        assert r["of_floor"] == pytest.approx(r["floor_ms"] / r["ms"])
+    assert "la2 is faster than softmax (SDPA)" in said
+    drawn = sorted(p.name for p in (tmp_path / "plots").iterdir())
+    assert len(drawn) == 8 and all((tmp_path / "plots" / n).read_bytes().startswith(b"\x89PNG") for n in drawn)
+
+
+def test_peers_for_another_device_are_skipped(capsys):
+    class Importable(Absent):
+        module = "json"
+
+    found, said = entries.choose(CPU, torch.float32, None, entries=(Importable, entries.Sdpa))
+    assert [p.name for p in found] == ["softmax (SDPA)"] and said["absent"] == "skipped: runs on a CUDA device only"
+
+
+def test_a_wrong_result_gets_no_figures(capsys):
+    clock = machine.clock_for(CPU)
+    rows = compare.race([Off(), Broken()], (64,), (1, 2, 16), torch.float32, clock, 1e10, 1, ("time", "memory"), 2.0)
+    said = capsys.readouterr().out
+    wrong, broken = ([r for r in rows if r["op"] == name] for name in ("off", "broken"))
+    assert len(wrong) == 2 and not any(r["passed"] or "ms" in r or "peak_bytes" in r for r in wrong)
+    assert "WRONG RESULT, no figures: off forward N=64" in said
+    assert [r["error"] for r in broken] == ["RuntimeError: no kernel"] * 2
+    text = compare.tables(rows)
+    assert "WRONG" in text and "failed" in text
+
+
+def test_what_takes_too_long_leaves_the_race():
+    clock = machine.clock_for(CPU)
+    found = [entries.PlainChunks(), entries.Sdpa()]
+    rows = compare.race(found, (64, 128), (1, 2, 16), torch.float32, clock, 1e10, 1, ("time",), 1e-9)
+    assert [r.get("skipped") for r in rows if r["n"] == 64] == [None] * 4
+    assert [r.get("skipped") for r in rows if r["n"] == 128] == ["over budget"] * 4
+    assert "over budget" in compare.tables(rows)
+
+
+def test_speed_and_memory(tmp_path, capsys):
+    target = tmp_path / "out.json"
+    assert speed.main([*SMALL, "--json", str(target)]) == 0
+    rows = results(target)["results"]
+    assert {r["op"] for r in rows} == {"la2 BHND", "la2 BNHD", "softmax (SDPA)"}
+    assert all("ms" in r and "peak_bytes" not in r for r in rows)
+    assert memory.main([*SMALL, "--only", "la2", "--json", str(target)]) == 0
+    rows = results(target)["results"]
+    assert all("ms" not in r for r in rows)
+    forward = {r["n"]: r["peak_bytes"] for r in rows if r["what"] == "forward" and r["op"] == "la2 BHND"}
+    # The output alone is [1, 2, N, 16] in float32; nothing that grows with the square of the length is held.
+    assert all(peak >= 2 * n * 16 * 4 for n, peak in forward.items()) and forward[128] < 3 * forward[64]
+
+
+def test_peak_memory_is_the_peak():
+    size = 1 << 20
+
+    def call():
+        a = torch.ones(size, dtype=torch.int8)
+        b = torch.ones(2 * size, dtype=torch.int8)
+        del b
+        return a
+
+    assert 3 * size <= machine.peak_bytes(call, CPU) < 3 * size + 65536
+    assert machine.peak_bytes(lambda: None, CPU) < 65536
+
+
+def test_crossing():
+    line = [(256, 2.0), (1024, 8.0), (4096, 32.0)]
+    square = [(256, 1.0), (1024, 16.0), (4096, 256.0)]
+    x, y = plots.crossing(line, square)
+    assert x == pytest.approx(512, rel=1e-6) and y == pytest.approx(4.0, rel=1e-6)
+    assert plots.crossing(square, line) is None and plots.crossing(line, []) is None
+    assert plots.crossing([(256, 1.0)], [(256, 2.0)]) is None
+    rows = [
+        {"what": "forward", "op": op, "n": n, "ms": ms}
+        for op, values in ((peers.Ours.name, line), (entries.Sdpa.name, square))
+        for n, ms in values
+    ]
+    assert compare.crossings(rows)[0]["where"] == "from N = 512 on"
+
+
+def test_decode(tmp_path, capsys):
+    target = tmp_path / "out.json"
+    options = ["--quick", "--device", "cpu", "--heads", "2", "--head-dim", "16", "--contexts", "64"]
+    assert decode.main([*options, "--json", str(target), "--plots", str(tmp_path / "plots")]) == 0
+    rows = results(target)["results"]
+    ours = [r for r in rows if r["op"] == decode.OURS]
+    assert [r["batch"] for r in ours] == [1, 2]
+    assert all(r["passed"] and r["ms"] > 0 and set(r["errors"]) == {"out", "state"} for r in ours)
+    assert {r["op"] for r in rows} >= {"plain PyTorch", decode.SOFTMAX}
+    assert len(list((tmp_path / "plots").glob("*.png"))) == 3
+    assert "of floor" in capsys.readouterr().out
+
+
+def test_decode_refuses_a_wrong_step(monkeypatch, capsys):
+    true_op = torch.ops.la2.decode
+
+    def ages_twice(q, k, v, state, slope, **options):
+        state.mul_(0.999)
+        return true_op(q, k, v, state, slope, **options)
+
+    ages_twice.default = true_op.default
+    monkeypatch.setattr(torch.ops.la2, "decode", ages_twice)
+    assert decode.main(["--quick", "--device", "cpu", "--heads", "2", "--head-dim", "16", "--contexts"]) == 1
+    assert "WRONG RESULT, no figures: la2, batch 1" in capsys.readouterr().out
+
+
+def test_accuracy(tmp_path, capsys):
+    target = tmp_path / "out.json"
+    options = ["--device", "cpu", "--heads", "2", "--head-dim", "16", "--lengths", "70", "--dtype", "bf16"]
+    assert accuracy.main([*options, "--json", str(target), "--plots", str(tmp_path / "plots")]) == 0
+    rows = results(target)["results"]
+    assert {(r["op"], r["slopes"]) for r in rows} == {
+        (op, s) for op in ("la2 BHND", "la2 BNHD", "plain PyTorch") for s in accuracy.LAYERS
+    }
+    assert all(set(r["errors"]) == {"out", "dq", "dk", "dv"} and 1e-5 < r["errors"]["out"] < 0.02 for r in rows)
+    assert len(list((tmp_path / "plots").glob("*.png"))) == 3
+    rows = accuracy.measure([Off(), Broken()], (64,), 2, 16, torch.float32, CPU)
+    assert not any(r["passed"] for r in rows if r["op"] == "off") and "OUTSIDE" in accuracy.table(rows)
+
+
+def test_layer(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("transformers", minversion="5.0", reason="transformers 5 is not installed")
+    # aot_eager captures the same graph as inductor and needs no compiler at test time.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    for dtype in ("fp32", "bf16"):
+        target = tmp_path / f"{dtype}.json"
+        assert layer.main(["--quick", "--device", "cpu", "--dtype", dtype, "--json", str(target)]) == 0
+        rows = results(target)["results"]
+        assert [r["op"] for r in rows] == [layer.AS_IS, layer.OURS] * 2 and all(0 < r["error"] < 0.05 for r in rows)
+        assert all(r["ms"] > 0 and r["projections_ms"] > 0 for r in rows)
+    assert "one token for each of 3" in capsys.readouterr().out
+    assert layer.main(["--quick", "--device", "cpu", "--compile", "--json", str(target)]) == 0
+    ops = [r["op"] for r in results(target)["results"]]
+    assert ops == [layer.AS_IS, layer.OURS, layer.COMPILED, layer.AS_IS, layer.OURS]
+
+
+def test_layer_refuses_a_wrong_operator(monkeypatch):
+    pytest.importorskip("transformers", minversion="5.0", reason="transformers 5 is not installed")
+    true_op = torch.ops.la2.forward_with_state
+
+    def off(*arguments, **options):
+        out, state = true_op(*arguments, **options)
+        out[:, :, 1, ::2] *= 1.5  # a whole row would be scaled back by the norm
+        return out, state
+
+    monkeypatch.setattr(torch.ops.la2, "forward_with_state", off)
+    assert layer.main(["--quick", "--device", "cpu"]) == 1
+
+
+def test_train(tmp_path, capsys):
+    target = tmp_path / "out.json"
+    assert train.main(["--quick", "--device", "cpu", "--json", str(target), "--plots", str(tmp_path / "plots")]) == 0
+    reference, ours = results(target)["results"]
+    assert (reference["op"], ours["op"]) == (train.REFERENCE, train.OURS)
+    assert len(ours["losses"]) == train.QUICK.steps and ours["losses"][-1] < ours["losses"][0]
+    assert reference["gap"] == 0.0 and 0.0 <= ours["gap"] < train.LIMIT
+    assert sorted(p.name for p in (tmp_path / "plots").iterdir()) == ["train_gap.png", "train_loss.png"]
+    assert "largest gap" in capsys.readouterr().out
+
+
+def test_train_sees_a_wrong_gradient(monkeypatch):
+    """Whose values are right, so that only the later losses can tell."""
+
+    class Doubled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * torch.linspace(-3, 3, grad.shape[-1])
+
+    right = train.OPERATORS[train.OURS]
+    monkeypatch.setitem(train.OPERATORS, train.OURS, lambda q, k, v, s: Doubled.apply(right(q, k, v, s)))
+    assert train.main(["--quick", "--steps", "10", "--device", "cpu"]) == 1
+
+
+def test_the_model_has_40_million_parameters():
+    with torch.device("meta"):
+        model = train.LanguageModel(train.Size(), train.OPERATORS[train.OURS])
+    assert 38e6 < sum(p.numel() for p in model.parameters()) < 43e6
+
+
+def test_no_cuda_is_said(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="torch sees no CUDA device"):
+        decode.main(["--device", "cuda"])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("benchmark", [compare, speed, memory, decode, accuracy, train])
+def test_on_a_gpu(benchmark, tmp_path):
+    target = tmp_path / "out.json"
+    assert benchmark.main(["--quick", "--device", "cuda", "--json", str(target)]) == 0
+    assert results(target)["environment"]["device"].startswith("cuda")
