@@ -67,16 +67,20 @@ class Chain(NamedTuple):
     edges: Tensor  # [M + 1] where sequences begin, and where the last ends
     first: Tensor  # [C] the sequence of a segment's first token
     last: Tensor  # [C] the sequence of its last token
+    first_begin: Tensor  # [C] where the former begins
+    first_end: Tensor  # [C] and ends
+    last_begin: Tensor  # [C] where the latter begins
+    last_end: Tensor  # [C] and ends
 
     @property
     def from_left(self) -> Tensor:
         """`[C]` bool: the segment begins within a sequence, so a state comes in."""
-        return (self.start > self.edges[self.first]) & (self.stop > self.start)
+        return (self.start > self.first_begin) & (self.stop > self.start)
 
     @property
     def to_right(self) -> Tensor:
         """`[C]` bool: the segment ends within a sequence, so a state goes out."""
-        return (self.stop < self.edges[self.last + 1]) & (self.stop > self.start)
+        return (self.stop < self.last_end) & (self.stop > self.start)
 
 
 def make_chain(lengths: Tensor, layout: str, cu_seqlens: Tensor | None) -> Chain:
@@ -94,7 +98,7 @@ def make_chain(lengths: Tensor, layout: str, cu_seqlens: Tensor | None) -> Chain
     # Of several edges at one place all but the last belong to empty sequences.
     first = (torch.searchsorted(edges, start, right=True) - 1).clamp(0, top)
     last = (torch.searchsorted(edges, stop - 1, right=True) - 1).clamp(0, top)
-    return Chain(start, stop, edges, first, last)
+    return Chain(start, stop, edges, first, last, edges[first], edges[first + 1], edges[last], edges[last + 1])
 
 
 def steps_between(chain: Chain) -> tuple[Tensor, Tensor]:
@@ -103,7 +107,7 @@ def steps_between(chain: Chain) -> tuple[Tensor, Tensor]:
     steps = chain.start[None, :] - chain.stop[:, None]
     order = torch.arange(chain.start.shape[0], device=steps.device)
     connected = (order[:, None] < order[None, :]) & chain.to_right[:, None] & chain.from_left[None, :]
-    return steps.clamp(min=0), connected & (chain.stop[:, None] > chain.edges[chain.first][None, :])
+    return steps.clamp(min=0), connected & (chain.stop[:, None] > chain.first_begin[None, :])
 
 
 def decay(slope: Tensor | None, steps: Tensor, like: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ la2::backward needs D before it starts, for the same reason.
 
 from __future__ import annotations
 
+import sys
 from typing import NamedTuple
 
 import torch
@@ -39,6 +40,7 @@ class _Setting(NamedTuple):
     rank: int
     group_name: str
     return_final_state: bool
+    whole_final_gradient: bool  # every rank is given the whole gradient of the final state, not its share
 
 
 class _Segment(NamedTuple):
@@ -118,7 +120,7 @@ def _outgoing(k, v, slope, chain, part, packed, initial_state) -> Tensor:
     sequence = chain.last[place]
     span = None
     if packed:
-        begin = torch.maximum(chain.edges[sequence], chain.start[place])
+        begin = torch.maximum(chain.last_begin[place], chain.start[place])
         span = torch.stack([begin, chain.stop[place]]) - chain.start[place]
     own = _slope_of(slope, sequence, packed)
     state = edge_state(k, v, own, span, False)
@@ -126,8 +128,8 @@ def _outgoing(k, v, slope, chain, part, packed, initial_state) -> Tensor:
         return state
     if packed:
         initial_state = initial_state.index_select(0, sequence.to(initial_state.device)[None])
-    steps = chain.stop[place] - chain.edges[sequence]
-    begins_here = (chain.edges[sequence] >= chain.start[place]) & (chain.stop[place] > chain.start[place])
+    steps = chain.stop[place] - chain.last_begin[place]
+    begins_here = (chain.last_begin[place] >= chain.start[place]) & (chain.stop[place] > chain.start[place])
     faded = chains.decay(own, steps, state)[..., None, None] * initial_state
     return _row(begins_here, state + faded, state)
 
@@ -137,7 +139,7 @@ def _outgoing_gradient(q, grad_out, slope, chain, part, packed, scale, grad_fina
     state."""
     place = part.place
     sequence = chain.first[place]
-    end = torch.minimum(chain.edges[sequence + 1], chain.stop[place])
+    end = torch.minimum(chain.first_end[place], chain.stop[place])
     span = torch.stack([torch.zeros_like(end), end - chain.start[place]]) if packed else None
     own = _slope_of(slope, sequence, packed)
     gradient = scale * edge_state(q, grad_out, own, span, True)
@@ -145,7 +147,7 @@ def _outgoing_gradient(q, grad_out, slope, chain, part, packed, scale, grad_fina
         return gradient
     if packed:
         grad_final_state = grad_final_state.index_select(0, sequence.to(grad_final_state.device)[None])
-    ends_here = (chain.edges[sequence + 1] <= chain.stop[place]) & (chain.stop[place] > chain.start[place])
+    ends_here = (chain.first_end[place] <= chain.stop[place]) & (chain.stop[place] > chain.start[place])
     faded = chains.decay(own, end - chain.start[place], gradient)[..., None, None] * grad_final_state
     return _row(ends_here, gradient + faded, gradient)
 
@@ -213,8 +215,11 @@ class _ContextParallel(torch.autograd.Function):
         if not setting.return_final_state:
             grad_final_state = None
         else:
-            own_grad_final_state = grad_final_state
-            grad_final_state = groups.all_reduce(grad_final_state, setting.world, setting.group_name)
+            share = grad_final_state
+            if not setting.whole_final_gradient:
+                grad_final_state = groups.all_reduce(grad_final_state, setting.world, setting.group_name)
+            elif setting.rank > 0:
+                share = torch.zeros_like(grad_final_state)
         chain = chains.make_chain(lengths, setting.layout, cu_seqlens)
         parts = _segments(setting, q.shape[2], chain, packed)
         blocks = [
@@ -253,7 +258,7 @@ class _ContextParallel(torch.autograd.Function):
                 dinitial_state = dinitial_state + (_padded(mine, part, chain) if packed else mine)
         if initial_state is not None and setting.return_final_state:
             empty = chain.edges[1:] == chain.edges[:-1]
-            dinitial_state = _row(empty, own_grad_final_state, dinitial_state)
+            dinitial_state = _row(empty, share, dinitial_state)
         dq, dk, dv = grads[0] if len(grads) == 1 else (torch.cat(x, 2) for x in zip(*grads, strict=True))
         needs = ctx.needs_input_grad
         return (
@@ -368,12 +373,32 @@ def lightning_attention_cp(
         raise ValueError(f"{_NAME}: tensor_layout is {tensor_layout!r}, expected 'bhnd' or 'bnhd'")
     if tensor_layout == "bnhd":
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    group = groups.resolve(group, mesh, mesh_dim, _NAME)
-    result = _on_tensors(q, k, v, slope, group, layout, scale, cu_seqlens, initial_state, return_final_state, lengths)
-    out, final_state = result
+
+    sharded = _is_dtensor(q)
+
+    def call(q, k, v, slope, initial_state, cu_seqlens, group, lengths):
+        options = (layout, scale, cu_seqlens, initial_state, return_final_state, lengths)
+        return _on_tensors(q, k, v, slope, group, *options, whole_final_gradient=sharded)
+
+    if sharded:
+        if not (group is mesh is mesh_dim is lengths is None) or layout != "contiguous":
+            raise ValueError(
+                f"{_NAME}: q is a DTensor, expected neither group, mesh, mesh_dim nor lengths, and layout 'contiguous'"
+            )
+        from .dtensor import call_on_dtensors
+
+        out, final_state = call_on_dtensors(call, _NAME, q, k, v, slope, initial_state, cu_seqlens, return_final_state)
+    else:
+        group = groups.resolve(group, mesh, mesh_dim, _NAME)
+        out, final_state = call(q, k, v, slope, initial_state, cu_seqlens, group, lengths)
     if tensor_layout == "bnhd":
         out = out.transpose(1, 2)
     return (out, final_state) if return_final_state else out
+
+
+def _is_dtensor(x: Tensor) -> bool:
+    module = sys.modules.get("torch.distributed.tensor")  # nobody has one who has not imported it
+    return module is not None and isinstance(x, module.DTensor)
 
 
 def _check_arguments(q, k, v, slope, initial_state, cu_seqlens) -> None:
@@ -387,7 +412,9 @@ def _check_arguments(q, k, v, slope, initial_state, cu_seqlens) -> None:
         _la2.forward(*local, slope, initial_state=initial_state, cu_seqlens=none)
 
 
-def _on_tensors(q, k, v, slope, group, layout, scale, cu_seqlens, initial_state, return_final_state, lengths):
+def _on_tensors(
+    q, k, v, slope, group, layout, scale, cu_seqlens, initial_state, return_final_state, lengths, whole_final_gradient
+):
     """The checks, and the call, of [B, H, n, D] tensors that are no DTensors."""
     world, rank, length = group.size(), group.rank(), q.shape[2]
     if cu_seqlens is not None and cu_seqlens.shape[0] < 2:
@@ -417,5 +444,5 @@ def _on_tensors(q, k, v, slope, group, layout, scale, cu_seqlens, initial_state,
             )
     if not compiling:
         _check_arguments(q, k, v, slope, initial_state, cu_seqlens)
-    setting = _Setting(float(scale), layout, world, rank, group.group_name, return_final_state)
+    setting = _Setting(float(scale), layout, world, rank, group.group_name, return_final_state, whole_final_gradient)
     return _ContextParallel.apply(q, k, v, slope, initial_state, counts, cu_seqlens, tuple(setting))
