@@ -43,7 +43,7 @@ class Ranks:
             try:
                 pipe = self._pipes[rank]
                 found.append(pipe.recv() if pipe.poll(timeout) else (None, f"rank {rank} gave no answer"))
-            except EOFError:
+            except (EOFError, ConnectionError):
                 found.append((None, f"rank {rank} is gone"))
         return found
 
@@ -75,6 +75,7 @@ def _serve(pipe, rank, world, store, timeout):
         world_size=world,
         timeout=datetime.timedelta(seconds=timeout),
     )
+    dist.barrier()  # all are connected before one may be told to die
     while True:
         try:
             function, args = pipe.recv()

@@ -9,6 +9,7 @@ vouched for them, and nothing is sent.
 from __future__ import annotations
 
 import datetime
+import time
 import zlib
 
 import torch
@@ -39,8 +40,8 @@ _SHOWN = {
     "requires grad": ["False", "True"],
 }
 #: How long the ranks that are left wait for each other's sign of life before they name who is missing.
-GRACE = datetime.timedelta(seconds=5)
-_TAG_FACTS, _TAG_ALIVE = 7002, 7003
+GRACE = 5.0  # seconds
+_TAG = 7002
 
 
 def resolve(group, mesh, mesh_dim, caller: str) -> dist.ProcessGroup:
@@ -104,7 +105,7 @@ def _exchange(group: dist.ProcessGroup, mine: list[int], device: torch.device) -
             try:
                 extra = {"group_src" if call is dist.irecv else "group_dst": peer}
                 tensor = rows[peer] if call is dist.irecv else sent
-                pending.append((peer, call(tensor, group=group, tag=_TAG_FACTS, **extra)))
+                pending.append((peer, call(tensor, group=group, tag=_TAG, **extra)))
             except RuntimeError as error:
                 missing.setdefault(peer, str(error))
     for peer, work in pending:
@@ -178,29 +179,51 @@ def all_reduce(x: Tensor, world: int, group_name: str) -> Tensor:
 
 
 def _who_is_missing(group_name: str, error: RuntimeError) -> RuntimeError:
-    """After a failed collective: whose connection is broken, else who gives no sign of life within `GRACE`."""
+    """After a failed collective: which rank is gone, else which one gives no sign of life within `GRACE`.
+
+    A broken connection alone proves nothing, since gloo, once it has failed, also closes those to ranks that are well;
+    and a rank may give no sign because it still waits in the collective. So both are asked, the store of the process
+    group being where ranks leave their sign.
+    """
     group = dist.distributed_c10d._resolve_process_group(group_name)
+    failed = f"lightning_attention_cp: the exchange of states failed on rank {group.rank()}: {error}"
     if not _speaks_cpu(group):
-        return RuntimeError(f"lightning_attention_cp: the exchange of states failed on rank {group.rank()}: {error}")
+        return RuntimeError(failed)
+    key = f"la2_distributed/alive/{group_name}/"
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        store.set(key + str(group.rank()), "1")
+        broken, silent = _ping(group)
+        for suspects in (broken, silent):
+            end = time.monotonic() + GRACE
+            while suspects and time.monotonic() < end:
+                suspects = {r: text for r, text in suspects.items() if not store.check([key + str(r)])}
+                time.sleep(0.05)
+            if suspects:
+                return _missing_error(group, suspects, "dropped out of the exchange of states")
+    except RuntimeError as gone:  # dist.DistError is one
+        return RuntimeError(f"{failed} (and the store of the group, which rank 0 or its launcher serves, says: {gone})")
+    return RuntimeError(failed)
+
+
+def _ping(group: dist.ProcessGroup) -> tuple[dict[int, str], dict[int, str]]:
+    """Ranks to which the connection is broken, and those that say nothing; each with what was seen."""
     broken: dict[int, str] = {}
     silent: dict[int, str] = {}
-    pending = []
-    mark = torch.zeros(1)
+    pending, mark = [], torch.zeros(1)
     for peer in range(group.size()):
         if peer == group.rank():
             continue
         try:
-            dist.isend(mark, group=group, group_dst=peer, tag=_TAG_ALIVE)
-            pending.append((peer, dist.irecv(torch.empty(1), group=group, group_src=peer, tag=_TAG_ALIVE)))
+            dist.isend(mark, group=group, group_dst=peer, tag=_TAG + 1)
+            pending.append((peer, dist.irecv(torch.empty(1), group=group, group_src=peer, tag=_TAG + 1)))
         except RuntimeError as failure:
             broken[peer] = str(failure)
+    end = time.monotonic() + GRACE
     for peer, work in pending:
         try:
-            work.wait(GRACE)
+            work.wait(datetime.timedelta(seconds=max(0.1, end - time.monotonic())))
         except RuntimeError as failure:
             text = str(failure)
-            (silent if "imed out" in text or "imeout" in text else broken)[peer] = text
-    missing = broken or silent
-    if not missing:
-        return RuntimeError(f"lightning_attention_cp: the exchange of states failed on rank {group.rank()}: {error}")
-    return _missing_error(group, missing, "dropped out of the exchange of states")
+            (silent if "imed out" in text else broken)[peer] = text
+    return broken, silent
