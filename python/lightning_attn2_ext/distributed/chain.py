@@ -111,9 +111,10 @@ def steps_between(chain: Chain) -> tuple[Tensor, Tensor]:
 
 
 def decay(slope: Tensor | None, steps: Tensor, like: Tensor) -> Tensor:
-    """`exp(-slope * steps)`, `[..., b, H]` for steps `[...]` and slope `[H]` (b = 1) or `[b, H]`, in the dtype of `like`.
+    """`exp(-slope * steps)`, `[..., b, H]` for steps `[...]` and slope `[H]` (b = 1) or `[b, H]`.
 
-    Taken in float64: float32 cannot count the tokens of a long sequence, and what is taken here is small.
+    On the device and in the dtype of `like`, but taken in float64: float32 cannot count the tokens of a long
+    sequence, and what is taken here is small.
     """
     if slope is None:
         return like.new_ones((*steps.shape, 1, 1))

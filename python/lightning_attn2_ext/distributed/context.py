@@ -333,9 +333,9 @@ def lightning_attention_cp(
 
     Args:
         q, k: `[B, H, n, D]`, or `[B, n, H, D]` with ``tensor_layout="bnhd"``, n this rank's tokens: they may differ
-            from rank to rank, and may be none. Dtypes and head dims as for `lightning_attention`, the same on all ranks.
-            DTensors that are sharded over the tokens (and, as may be, over batch and heads) are taken too, without
-            group, mesh and lengths, and give DTensors.
+            from rank to rank, and may be none. Dtypes and head dims as for `lightning_attention`, the same on all
+            ranks. DTensors that are sharded over the tokens (and, as may be, over batch and heads) are taken too,
+            without group, mesh and lengths, and give DTensors.
         v: `[B, H, n, E]` (`[B, n, H, E]`).
         slope: `[H]` or `[num_seqs, H]`, the same on all ranks; None is no decay.
         group: the process group whose ranks hold the tokens; None is the default group.
@@ -358,10 +358,10 @@ def lightning_attention_cp(
     Returns:
         out, of v's shape and dtype; with ``return_final_state`` the pair (out, final_state).
 
-    Gradients by slope and initial_state are this rank's share, as those of every parameter are: their sum over the group
-    is the gradient. The gradients of a final state that all ranks return are summed over them. First derivatives only.
-    All ranks must run the backward, since it has a collective too; under activation checkpointing the forward's
-    is repeated.
+    Gradients by slope and initial_state are this rank's share, as those of every parameter are: their sum over the
+    group is the gradient. The gradients of a final state that all ranks return are summed over them. First
+    derivatives only. All ranks must run the backward, since it has a collective too; under activation checkpointing
+    the forward's is repeated.
 
     Raises:
         RuntimeError: where ranks differ in what must agree, or one has dropped out: the message names the rank. And, as
@@ -440,7 +440,8 @@ def _on_tensors(
         total, covered = int(counts.sum()), cu_seqlens[[0, -1]].tolist()
         if covered != [0, total]:
             raise ValueError(
-                f"{_NAME}: cu_seqlens runs from {covered[0]} to {covered[1]}, expected 0 to {total}, the tokens of all ranks"
+                f"{_NAME}: cu_seqlens runs from {covered[0]} to {covered[1]}, expected 0 to {total}, the tokens of all "
+                "ranks"
             )
     if not compiling:
         _check_arguments(q, k, v, slope, initial_state, cu_seqlens)

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-
 _la2 = torch.ops.la2
 _ROWS = ("q", "k", "v", "grad_out")
 _CP = "lightning_attn2_ext.distributed.lightning_attention_cp"
