@@ -33,8 +33,8 @@ def one_process(q, k, v, slope, initial_state, grad_out, grad_final_state, **opt
 
 
 def on_shards(rank, inputs, shards, layout, **options):
-    """The same from this rank's part (`shards` tokens on each rank) of the same whole tensors: (out, final state, five gradients), rows of this rank
-    and gradients by slope and initial state summed over the group."""
+    """The same from this rank's part (`shards` tokens on each rank) of the same whole tensors: rows of this rank, and
+    gradients by slope and initial state summed over the group."""
     q, k, v, slope, initial_state, grad_out, grad_final_state = inputs
     cut = [split_sequence(x, 2, layout=layout, lengths=shards) for x in (q, k, v, grad_out)]
     own = leaves(*cut[:3], slope, initial_state)
@@ -120,7 +120,8 @@ class Wire(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         namespace, _, name = func._schema.name.partition("::")
-        if namespace in ("c10d", "_c10d_functional") and name != "wait_tensor" and not name.startswith("recv"):
+        quiet = ("wait_tensor", "_wrap_tensor_autograd", "recv_")
+        if namespace in ("c10d", "_c10d_functional") and name not in quiet:
             tensors = [args[0]] if isinstance(args[0], torch.Tensor) else list(args[0])
             copies = dist.get_world_size() - 1 if "gather" in name else 1  # a ring passes W - 1 blocks on
             bytes_ = copies * sum(x.numel() * x.element_size() for x in tensors)

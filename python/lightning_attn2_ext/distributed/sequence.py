@@ -81,8 +81,8 @@ def split_batch(
         ignore_index: the label of a token with nothing behind it, as `torch.nn.functional.cross_entropy` has it.
         group, mesh, mesh_dim, layout, lengths: as for `split_sequence`.
 
-    The mean of a loss is over all tokens, not over those of a rank: where ranks have different numbers of labels, sum and
-    divide by the number in all of them.
+    The mean of a loss is over all tokens, not over those of a rank: where ranks have different numbers of labels, sum
+    and divide by the number in all of them.
     """
     group = groups.resolve(group, mesh, mesh_dim, "split_batch")
     lengths = _lengths_for(tokens.shape[1], group.size(), layout, lengths, "split_batch")
