@@ -84,8 +84,41 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--text-dir", help="a folder of text instead of the Python standard library")
     parser.add_argument("--quick", action="store_true", help="a few seconds: to see that everything runs")
+    parser.add_argument(
+        "--context-parallel", action="store_true", help="split every window over the processes of torchrun"
+    )
     arguments = parser.parse_args(argv)
-    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if not arguments.context_parallel:
+        return _tell(parser, arguments)
+    from . import parallel
+
+    with parallel.only_first_speaks():
+        return _tell(parser, arguments)
+
+
+def _device(arguments) -> torch.device:
+    if arguments.context_parallel and not arguments.device:
+        from . import parallel
+
+        return parallel.device()
+    return torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _train_together(model, corpus, rows, recipe, seed: int):
+    """`train` with the tokens of every window split; (rank, curve)."""
+    from . import parallel
+
+    together = parallel.from_environment(recipe.length)
+    print(f"   windows split over {together.world} processes: {together.lengths} bytes", flush=True)
+    together.split(model)
+    curve = train(model, corpus, rows, recipe, seed, together)
+    together.whole(model)
+    torch.distributed.destroy_process_group()
+    return together.rank, curve
+
+
+def _tell(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
+    device = _device(arguments)
     began = time.perf_counter()
     out = pathlib.Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -130,7 +163,12 @@ def main(argv: list[str] | None = None) -> int:
     busy = choose_threads(model, recipe)
     if busy:
         print(f"   {busy}", flush=True)
-    curve = train(model, corpus, rows, recipe, arguments.seed)
+    if arguments.context_parallel:
+        rank, curve = _train_together(model, corpus, rows, recipe, arguments.seed)
+        if rank > 0:
+            return 0
+    else:
+        curve = train(model, corpus, rows, recipe, arguments.seed)
     if torch.get_num_threads() != facts["threads"]:
         facts["threads"] = torch.get_num_threads()
         print(f"   threads from here on: {facts['threads']}")
@@ -185,6 +223,7 @@ def main(argv: list[str] | None = None) -> int:
         "size": dataclasses.asdict(size),
         "steps": curve.steps,
         "bytes_read": seen,
+        "training_bits_per_byte": curve.train,
         "training_seconds": curve.seconds,
         "training_bytes_per_s": seen / curve.seconds,
         "held_out_bytes": len(held_bytes),

@@ -70,6 +70,7 @@ class Mixer(nn.Module):
         self.out = nn.Linear(size.width, size.width, bias=False)
         # Not a buffer on purpose: model.to(bfloat16) would round it, and a slope must stay float32.
         self.slope = slopes.minimax(size.heads, layer_idx, size.layers)
+        self.context_parallel: dict | None = None  # options of lightning_attention_cp, where ranks share sequences
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
@@ -88,7 +89,11 @@ class Mixer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.project(x)
-        return self.finish(x, torch.ops.la2.forward(q, k, v, self.slope))
+        if self.context_parallel is None:
+            return self.finish(x, torch.ops.la2.forward(q, k, v, self.slope))
+        from ..distributed import lightning_attention_cp
+
+        return self.finish(x, lightning_attention_cp(q, k, v, self.slope, **self.context_parallel))
 
     def prefill(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         q, k, v = self.project(x)
