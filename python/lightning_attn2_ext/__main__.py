@@ -12,6 +12,7 @@ _USAGE = """usage: python -m lightning_attn2_ext <command> [options]
   check       test this installation on every device and dtype
   bench cpu   time the operators on the CPU beside softmax attention
   bench ops   time the operators on a CUDA device beside other packages
+  bench scale time context parallelism on several processes, and model more of them
 
 Each takes --help."""
 
@@ -21,6 +22,7 @@ _COMMANDS = {
     ("check",): "check",
     ("bench", "cpu"): "bench.cpu",
     ("bench", "ops"): "bench.ops",
+    ("bench", "scale"): "bench.scale",
 }
 
 

@@ -6,9 +6,9 @@ import time
 
 import torch
 import torch.distributed as dist
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_attn2_ext import lightning_attention
+from lightning_attn2_ext.bench.wire import Wire
 from lightning_attn2_ext.distributed import chain, group, lightning_attention_cp, relayout, split_batch, split_sequence
 
 NAMES = ("q", "k", "v", "slope", "initial_state")
@@ -109,24 +109,6 @@ def in_bnhd(rank):
     a = lightning_attention_cp(*qkv.unbind(2), slope, mesh=mesh, mesh_dim="cp", tensor_layout="bnhd")
     b = lightning_attention_cp(*(x.transpose(1, 2).contiguous() for x in qkv.unbind(2)), slope, mesh=mesh)
     return (a - b.transpose(1, 2)).abs().max().item()
-
-
-class Wire(TorchDispatchMode):
-    """Bytes that this rank sends in all collectives and messages, by name."""
-
-    def __init__(self):
-        super().__init__()
-        self.sent = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        namespace, _, name = func._schema.name.partition("::")
-        quiet = ("wait_tensor", "_wrap_tensor_autograd", "recv_")
-        if namespace in ("c10d", "_c10d_functional") and name not in quiet:
-            tensors = [args[0]] if isinstance(args[0], torch.Tensor) else list(args[0])
-            copies = dist.get_world_size() - 1 if "gather" in name else 1  # a ring passes W - 1 blocks on
-            bytes_ = copies * sum(x.numel() * x.element_size() for x in tensors)
-            self.sent[name] = self.sent.get(name, 0) + bytes_
-        return func(*args, **(kwargs or {}))
 
 
 def wire(rank, tokens, dtype, layout, told):

@@ -11,8 +11,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lightning_attn2_ext import lightning_attention
+from lightning_attn2_ext.bench.wire import Wire
 from lightning_attn2_ext.distributed import lightning_attention_cp, split_sequence
-from tests.support.on_ranks import Wire, leaves
+from tests.support.on_ranks import leaves
 
 
 def _problem(world, two):

@@ -87,6 +87,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--context-parallel", action="store_true", help="split every window over the processes of torchrun"
     )
+    parser.add_argument(
+        "--float64",
+        action="store_true",
+        help="train in float64, on the CPU: to compare runs, since in float32 the optimizer makes a rounding visible",
+    )
     arguments = parser.parse_args(argv)
     if not arguments.context_parallel:
         return _tell(parser, arguments)
@@ -119,6 +124,8 @@ def _train_together(model, corpus, rows, recipe, seed: int):
 
 def _tell(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
     device = _device(arguments)
+    if arguments.float64 and device.type != "cpu":
+        parser.error(f"--float64 is for the CPU, expected --device cpu beside it, not {device}")
     began = time.perf_counter()
     out = pathlib.Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -152,14 +159,15 @@ def _tell(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int
         return 1
 
     torch.manual_seed(arguments.seed)
-    model = LanguageModel(size).to(device)
+    model = LanguageModel(size).to(device, torch.float64 if arguments.float64 else torch.float32)
     tables = sum(p.numel() for p in model.embedding.parameters())
     dense = sum(p.numel() for p in model.parameters()) - tables
     print("\n3. Training")
     print(f"   {size.layers} layers, {size.heads} heads of {size.head_dim}: {dense / 1e6:.2f} M weights", end=" ")
     print(f"and {tables / 1e6:.1f} M in byte and n-gram tables; windows of {recipe.length} bytes, {recipe.rows} a step")
     stop = "" if math.isinf(recipe.seconds) else f" or {recipe.seconds:.0f} s, whichever comes first"
-    print(f"   {recipe.steps} steps{stop}; {'bfloat16 autocast' if device.type == 'cuda' else 'float32'}", flush=True)
+    number = "bfloat16 autocast" if device.type == "cuda" else "float64" if arguments.float64 else "float32"
+    print(f"   {recipe.steps} steps{stop}; {number}", flush=True)
     busy = choose_threads(model, recipe)
     if busy:
         print(f"   {busy}", flush=True)

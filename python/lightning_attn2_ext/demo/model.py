@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import slopes
+from .._ops import _accumulation_dtype
 
 VOCABULARY = 256  # bytes
 NGRAMS = (2, 3, 4)
@@ -74,7 +75,7 @@ class Mixer(nn.Module):
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
-        self.slope = self.slope.to(self.out.weight.device)
+        self.slope = self.slope.to(self.out.weight.device, _accumulation_dtype(self.out.weight))
         return self
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -165,9 +166,9 @@ class LanguageModel(nn.Module):
         return self.head(self.norm(x))
 
     def new_states(self, rows: int) -> list[Tensor]:
-        size, device = self.size, self.head.weight.device
+        size, weight = self.size, self.head.weight
         shape = (rows, size.heads, size.head_dim, size.head_dim)
-        return [torch.zeros(shape, dtype=torch.float32, device=device) for _ in self.blocks]
+        return [torch.zeros(shape, dtype=_accumulation_dtype(weight), device=weight.device) for _ in self.blocks]
 
     def prefill(self, tokens: Tensor, states: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Reads ``tokens [B, HISTORY + N]`` on from ``states``: logits and the states behind the last token."""

@@ -18,7 +18,8 @@ class Parallel:
     """The processes that train one model together, each on its tokens of every window."""
 
     def __init__(self, length: int):
-        dist.init_process_group()  # gloo for the CPU, NCCL for GPUs
+        if not dist.is_initialized():
+            dist.init_process_group()  # gloo for the CPU, NCCL for GPUs
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.lengths = shard_lengths(length, self.world)
 

@@ -90,10 +90,8 @@ def _exchange(group: dist.ProcessGroup, mine: list[int], device: torch.device) -
     """Everyone's integers. Over a backend for CPU tensors one message to each: the one that fails names its rank."""
     world, rank = group.size(), group.rank()
     if not _speaks_cpu(group):
-        sent = torch.tensor(mine, device=device)
-        received = sent.new_empty(world * len(mine))
-        dist.all_gather_into_tensor(received, sent, group=group)
-        return received.view(world, len(mine)).tolist()
+        received = all_gather(torch.tensor([mine], device=device), world, group.group_name)
+        return wait(received, group.group_name).tolist()
     sent = torch.tensor(mine)
     rows = [torch.empty_like(sent) for _ in range(world)]
     rows[rank] = sent
