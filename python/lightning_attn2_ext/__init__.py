@@ -18,7 +18,7 @@ cuda_status = _load.cuda_status  # "loaded", or why the CUDA kernels are not
 __all__ = ["__version__", "cuda_status", "lightning_attention"]
 
 _FUNCTIONS = {"lightning_attention": "functional"}  # name -> its module
-_MODULES = ("functional", "slopes", "testing")
+_MODULES = ("distributed", "functional", "slopes", "testing")
 
 
 def __getattr__(name: str):
