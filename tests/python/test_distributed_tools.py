@@ -2,8 +2,11 @@
 
 import json
 import os
+import pathlib
+import re
 import subprocess
 import sys
+import textwrap
 
 import pytest
 import torch
@@ -30,6 +33,16 @@ def test_training_split_over_ranks_is_training(two):
             assert abs(bits - want) < 16 * torch.finfo(torch.float32).eps * want, seen
         for a, b in zip(weights, others, strict=True):
             assert (a - b).abs().max() < 1e-4 * a.abs().max()  # the optimizer divides by gradients that are near zero
+
+
+def test_the_code_in_the_readme(two):
+    text = (pathlib.Path(__file__).resolve().parents[2] / "README.md").read_text()
+    (code,) = re.findall(r"^    from lightning_attn2_ext\.distributed .*\n(?:    .*\n|\n)*", text, re.MULTILINE)
+    tokens = torch.randint(50, (1, 21), generator=torch.Generator().manual_seed(0))
+    found = two.run(on_ranks_demo.run_code, textwrap.dedent(code), tokens)
+    for out, want, _ in found:
+        assert (out - want).abs().max() < 1e-12 * want.abs().max()
+    assert torch.cat([labels for _, _, labels in found], 1).tolist() == [[*tokens[0, 1:].tolist(), -100]]
 
 
 def test_demo_by_torchrun(tmp_path):

@@ -6,6 +6,7 @@ import torch
 
 from lightning_attn2_ext.bench import scale
 from lightning_attn2_ext.demo import data, model, parallel, train
+from lightning_attn2_ext.distributed import split_sequence
 
 RECIPE = train.Recipe(rows=2, length=75, steps=25, seconds=math.inf, rate=4e-3, held_out_rows=1, held_out_length=50)
 
@@ -25,6 +26,21 @@ def curve(rank, together):
     held_out = data.held_out_rows(corpus().held_out, RECIPE.held_out_rows, RECIPE.held_out_length)
     found = train.train(net, corpus(), held_out, RECIPE, 0, shared)
     return found.train, [p.detach() for p in net.parameters()]
+
+
+def run_code(rank, code, tokens):
+    """Runs code that reads `tokens`, `project`, `slope` and `group`; (its out, out of one process on this rank's
+    tokens, labels)."""
+    table = torch.randn(3, 50, 2, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def project(inputs):
+        return table[:, inputs].transpose(2, 3).unbind(0)
+
+    slope = torch.tensor([0.1, 0.5], dtype=torch.float64)
+    names = {"tokens": tokens, "project": project, "slope": slope, "group": torch.distributed.group.WORLD}
+    exec(compile(code, "README.md", "exec"), names)
+    want = torch.ops.la2.forward(*project(tokens), slope)
+    return names["out"], split_sequence(want, 2), names["shard"].labels
 
 
 def wrong_scale(rank):

@@ -275,7 +275,7 @@ def expected_table(model: Model, ranks=RANKS, tokens=TOKENS) -> str:
         shares = [f"{100 * model.efficiency(KINDS[1], world, total):.0f} %" for world in ranks]
         rows.append([f"N = {total:,}", *shares])
     exchange = [f"{2 * model.gather(world) * 1e3:.2f}" for world in ranks]
-    memory = [f"{world * model.state_bytes / 2**20:,.0f}" for world in ranks]
+    memory = [f"{world * model.state_bytes / 2**20:,.1f}" for world in ranks]
     rows += [["both exchanges, ms", *exchange], ["gathered states, MiB", *memory]]
     return report.table(["forward + backward", *(f"{world} ranks" for world in ranks)], rows)
 

@@ -5,13 +5,18 @@
 - DTensor: importing this package teaches it `torch.ops.la2.*` on shards of the batch and of the heads.
 """
 
+import torch.distributed
+
+if not torch.distributed.is_available():
+    raise ImportError("lightning_attn2_ext.distributed: this torch is built without torch.distributed")
+
 from .chain import shard_lengths
 from .context import lightning_attention_cp
 from .dtensor import register_sharding_rules
-from .sequence import Shard, relayout, split_batch, split_sequence
+from .sequence import SplitBatch, relayout, split_batch, split_sequence
 
 __all__ = [
-    "Shard",
+    "SplitBatch",
     "lightning_attention_cp",
     "register_sharding_rules",
     "relayout",

@@ -110,6 +110,11 @@ def steps_between(chain: Chain) -> tuple[Tensor, Tensor]:
     return steps.clamp(min=0), connected & (chain.stop[:, None] > chain.first_begin[None, :])
 
 
+def on(like: Tensor, x: Tensor) -> Tensor:
+    """x, a few numbers, on the device of `like`, without the host waiting for what that device is doing."""
+    return x.to(like.device, non_blocking=True)
+
+
 def decay(slope: Tensor | None, steps: Tensor, like: Tensor) -> Tensor:
     """`exp(-slope * steps)`, `[..., b, H]` for steps `[...]` and slope `[H]` (b = 1) or `[b, H]`.
 
@@ -119,4 +124,4 @@ def decay(slope: Tensor | None, steps: Tensor, like: Tensor) -> Tensor:
     if slope is None:
         return like.new_ones((*steps.shape, 1, 1))
     rates = slope.double() if slope.dim() == 2 else slope.double()[None]
-    return torch.exp(-rates * steps.to(like.device, torch.float64)[..., None, None]).to(like.dtype)
+    return torch.exp(-rates * on(like, steps)[..., None, None]).to(like.dtype)

@@ -71,18 +71,18 @@ def _slope_of(slope: Tensor | None, sequence: Tensor, packed: bool) -> Tensor | 
     """The slope of one sequence `[1, H]`, where packed sequences have their own."""
     if not packed or slope is None or slope.dim() == 1:
         return slope
-    return slope.index_select(0, sequence.to(slope.device)[None])
+    return slope.index_select(0, chains.on(slope, sequence)[None])
 
 
 def _local_cu(chain: chains.Chain, part: _Segment, like: Tensor, cu_seqlens: Tensor) -> Tensor:
     start, stop = chain.start[part.place], chain.stop[part.place]
     edges = chain.edges[part.low : part.high + 1]
-    return (torch.minimum(torch.maximum(edges, start), stop) - start).to(like.device, cu_seqlens.dtype)
+    return chains.on(like, (torch.minimum(torch.maximum(edges, start), stop) - start).to(cu_seqlens.dtype))
 
 
 def _row(flag: Tensor, value: Tensor, other: Tensor) -> Tensor:
     """Rows of `value` `[m, H, D, E]` where `flag` `[m]` (or for all of one number), else those of `other`."""
-    return torch.where(flag.to(value.device).reshape(-1, 1, 1, 1), value, other)
+    return torch.where(chains.on(value, flag).reshape(-1, 1, 1, 1), value, other)
 
 
 def _sequences(part: _Segment, chain: chains.Chain) -> Tensor:
@@ -127,7 +127,7 @@ def _outgoing(k, v, slope, chain, part, packed, initial_state) -> Tensor:
     if initial_state is None:
         return state
     if packed:
-        initial_state = initial_state.index_select(0, sequence.to(initial_state.device)[None])
+        initial_state = initial_state.index_select(0, chains.on(initial_state, sequence)[None])
     steps = chain.stop[place] - chain.last_begin[place]
     begins_here = (chain.last_begin[place] >= chain.start[place]) & (chain.stop[place] > chain.start[place])
     faded = chains.decay(own, steps, state)[..., None, None] * initial_state
@@ -146,7 +146,7 @@ def _outgoing_gradient(q, grad_out, slope, chain, part, packed, scale, grad_fina
     if grad_final_state is None:
         return gradient
     if packed:
-        grad_final_state = grad_final_state.index_select(0, sequence.to(grad_final_state.device)[None])
+        grad_final_state = grad_final_state.index_select(0, chains.on(grad_final_state, sequence)[None])
     ends_here = (chain.first_end[place] <= chain.stop[place]) & (chain.stop[place] > chain.start[place])
     faded = chains.decay(own, end - chain.start[place], gradient)[..., None, None] * grad_final_state
     return _row(ends_here, gradient + faded, gradient)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, experimental
 
 _la2 = torch.ops.la2
 _ROWS = ("q", "k", "v", "grad_out")
@@ -62,8 +62,6 @@ def _sharding_rule(op, outputs):
     """Registers, for `op`, everything replicated, shards of the batch and shards of the heads.
 
     `outputs(kind, values)` gives the placements of the results, kind one of "whole", "batch", "heads"."""
-    from torch.distributed.tensor.experimental import register_sharding
-
     arguments = op._schema.arguments
     name = op._opname
 
@@ -93,7 +91,7 @@ def _sharding_rule(op, outputs):
 
         return [(outputs(kind, values), [placement(kind, argument) for argument in given]) for kind in kinds]
 
-    register_sharding(op)(rule)
+    experimental.register_sharding(op)(rule)
 
 
 def _rows(kind):
@@ -110,7 +108,13 @@ def _backward_outputs(kind, values):
 
 
 def register_sharding_rules() -> None:
-    """Rules for `torch.ops.la2.*`; importing `lightning_attn2_ext.distributed` calls this."""
+    """Rules for `torch.ops.la2.*`; importing `lightning_attn2_ext.distributed` calls this.
+
+    They use an interface that torch calls experimental. A torch without it refuses DTensors in these operators, as in
+    any without rules.
+    """
+    if not hasattr(experimental, "register_sharding"):
+        return
     _sharding_rule(_la2.forward.default, lambda kind, _: [_rows(kind)])
     _sharding_rule(_la2.forward_with_state.default, lambda kind, _: [_rows(kind), _rows(kind)])
     _sharding_rule(_la2.backward.default, _backward_outputs)

@@ -11,7 +11,7 @@ from . import chain as chains
 from . import group as groups
 
 
-class Shard(NamedTuple):
+class SplitBatch(NamedTuple):
     """One rank's part of a batch; what ranks need of the whole is in it."""
 
     inputs: Tensor  # [B, n]
@@ -69,7 +69,7 @@ def split_batch(
     lengths: list[int] | None = None,
     cu_seqlens: Tensor | None = None,
     ignore_index: int = -100,
-) -> Shard:
+) -> SplitBatch:
     """This rank's part of a batch for next-token prediction.
 
     Labels are shifted before the cut, so that the last token of a rank is asked for the first of the rank behind it;
@@ -94,7 +94,7 @@ def split_batch(
         labels = torch.where(positions + 1 == edges[sequence + 1], ignore_index, labels)
         positions = positions - edges[sequence]
     own = chains.pieces(lengths, layout)[group.rank()]
-    return Shard(_cut(tokens, 1, own), _cut(labels, 1, own), _cut(positions, 0, own), lengths)
+    return SplitBatch(_cut(tokens, 1, own), _cut(labels, 1, own), _cut(positions, 0, own), lengths)
 
 
 def _overlaps(a: list[tuple[int, int]], b: list[tuple[int, int]]) -> list[tuple[int, int]]:

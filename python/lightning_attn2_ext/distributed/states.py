@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .._ops import _accumulation_dtype
+from .chain import on
 
 # Tokens in a chunk. CPU: what stays in a core's cache; on an AMD EPYC (one thread, H = 8, D = E = 64, N = 16384, no
 # decay, float32) 12 ms with 2048 against 24 ms in one piece. A GPU wants few launches.
@@ -86,5 +87,5 @@ def arriving(blocks: Tensor, weights: Tensor, connected: Tensor) -> Tensor:
 
     What is not connected does not count, whatever is in it: the NaN of a later token must not reach an earlier one.
     """
-    keep = connected.to(blocks.device)[:, None, None, None, None]
+    keep = on(blocks, connected)[:, None, None, None, None]
     return torch.where(keep, weights[..., None, None] * blocks, 0).sum(0)
