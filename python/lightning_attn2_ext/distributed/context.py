@@ -47,9 +47,13 @@ class _Segment(NamedTuple):
     """One segment's part of a packed or dense call."""
 
     place: int  # in the chain
-    rows: slice  # of the local tensors
+    begin: int  # its tokens in the local tensors; a slice here would fix their number when torch.compile traces it
+    size: int
     low: int  # sequences [low, high) are looked at
     high: int
+
+    def rows(self, x: Tensor) -> Tensor:
+        return x.narrow(2, self.begin, self.size)
 
 
 def _segments(setting: _Setting, length, chain: chains.Chain, packed: bool) -> list[_Segment]:
@@ -62,7 +66,7 @@ def _segments(setting: _Setting, length, chain: chains.Chain, packed: bool) -> l
         if known:
             low, high = int(chain.first[place]), int(chain.last[place]) + 1
             high = max(high, low + 1)
-        result.append(_Segment(place, slice(begin, begin + size), low, high))
+        result.append(_Segment(place, begin, size, low, high))
         begin = begin + size
     return result
 
@@ -172,7 +176,7 @@ class _ContextParallel(torch.autograd.Function):
         packed = cu_seqlens is not None
         chain = chains.make_chain(lengths, setting.layout, cu_seqlens)
         parts = _segments(setting, q.shape[2], chain, packed)
-        blocks = [_outgoing(k[:, :, p.rows], v[:, :, p.rows], slope, chain, p, packed, initial_state) for p in parts]
+        blocks = [_outgoing(p.rows(k), p.rows(v), slope, chain, p, packed, initial_state) for p in parts]
         gathered, places = _exchange(blocks, setting)
         steps, connected = chains.steps_between(chain)
         gathered = groups.wait(gathered, setting.group_name) if setting.world > 1 else gathered
@@ -189,7 +193,7 @@ class _ContextParallel(torch.autograd.Function):
             if packed:
                 options["cu_seqlens"] = _local_cu(chain, part, q, cu_seqlens)
             options["initial_state"] = _states_in(chain, part, packed, state, initial_state)
-            local = [x[:, :, part.rows] for x in (q, k, v)]
+            local = [part.rows(x) for x in (q, k, v)]
             local_slope = slope[part.low : part.high] if packed and slope is not None and slope.dim() == 2 else slope
             if ends is None:
                 outs.append(_la2.forward(*local, local_slope, **options))
@@ -223,9 +227,7 @@ class _ContextParallel(torch.autograd.Function):
         chain = chains.make_chain(lengths, setting.layout, cu_seqlens)
         parts = _segments(setting, q.shape[2], chain, packed)
         blocks = [
-            _outgoing_gradient(
-                q[:, :, p.rows], grad_out[:, :, p.rows], slope, chain, p, packed, setting.scale, grad_final_state
-            )
+            _outgoing_gradient(p.rows(q), p.rows(grad_out), slope, chain, p, packed, setting.scale, grad_final_state)
             for p in parts
         ]
         gathered, places = _exchange(blocks, setting)
@@ -241,9 +243,9 @@ class _ContextParallel(torch.autograd.Function):
             per_sequence = packed and slope is not None and slope.dim() == 2
             local_slope = slope[part.low : part.high] if per_sequence else slope
             dq, dk, dv, ds, dstate = _la2.backward(
-                grad_out[:, :, part.rows],
+                part.rows(grad_out),
                 _gradients_in(chain, part, packed, gradient, grad_final_state),
-                *(x[:, :, part.rows] for x in (q, k, v)),
+                *(part.rows(x) for x in (q, k, v)),
                 local_slope,
                 initial_state=_states_in(chain, part, packed, state, initial_state),
                 cu_seqlens=_local_cu(chain, part, q, cu_seqlens) if packed else None,
