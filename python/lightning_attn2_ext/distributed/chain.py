@@ -71,16 +71,8 @@ class Chain(NamedTuple):
     first_end: Tensor  # [C] and ends
     last_begin: Tensor  # [C] where the latter begins
     last_end: Tensor  # [C] and ends
-
-    @property
-    def from_left(self) -> Tensor:
-        """`[C]` bool: the segment begins within a sequence, so a state comes in."""
-        return (self.start > self.first_begin) & (self.stop > self.start)
-
-    @property
-    def to_right(self) -> Tensor:
-        """`[C]` bool: the segment ends within a sequence, so a state goes out."""
-        return (self.stop < self.last_end) & (self.stop > self.start)
+    from_left: Tensor  # [C] bool: it begins within a sequence, so a state comes in
+    to_right: Tensor  # [C] bool: it ends within a sequence, so a state goes out
 
 
 def make_chain(lengths: Tensor, layout: str, cu_seqlens: Tensor | None) -> Chain:
@@ -98,7 +90,10 @@ def make_chain(lengths: Tensor, layout: str, cu_seqlens: Tensor | None) -> Chain
     # Of several edges at one place all but the last belong to empty sequences.
     first = (torch.searchsorted(edges, start, right=True) - 1).clamp(0, top)
     last = (torch.searchsorted(edges, stop - 1, right=True) - 1).clamp(0, top)
-    return Chain(start, stop, edges, first, last, edges[first], edges[first + 1], edges[last], edges[last + 1])
+    first_begin, first_end, last_begin, last_end = edges[first], edges[first + 1], edges[last], edges[last + 1]
+    from_left = (start > first_begin) & (stop > start)
+    to_right = (stop < last_end) & (stop > start)
+    return Chain(start, stop, edges, first, last, first_begin, first_end, last_begin, last_end, from_left, to_right)
 
 
 def steps_between(chain: Chain) -> tuple[Tensor, Tensor]:

@@ -52,8 +52,9 @@ class _Segment(NamedTuple):
     low: int  # sequences [low, high) are looked at
     high: int
 
-    def rows(self, x: Tensor) -> Tensor:
-        return x.narrow(2, self.begin, self.size)
+
+def _rows(part: _Segment, x: Tensor) -> Tensor:
+    return x.narrow(2, part.begin, part.size)
 
 
 def _segments(setting: _Setting, length, chain: chains.Chain, packed: bool) -> list[_Segment]:
@@ -176,7 +177,7 @@ class _ContextParallel(torch.autograd.Function):
         packed = cu_seqlens is not None
         chain = chains.make_chain(lengths, setting.layout, cu_seqlens)
         parts = _segments(setting, q.shape[2], chain, packed)
-        blocks = [_outgoing(p.rows(k), p.rows(v), slope, chain, p, packed, initial_state) for p in parts]
+        blocks = [_outgoing(_rows(p, k), _rows(p, v), slope, chain, p, packed, initial_state) for p in parts]
         gathered, places = _exchange(blocks, setting)
         steps, connected = chains.steps_between(chain)
         gathered = groups.wait(gathered, setting.group_name) if setting.world > 1 else gathered
@@ -193,7 +194,7 @@ class _ContextParallel(torch.autograd.Function):
             if packed:
                 options["cu_seqlens"] = _local_cu(chain, part, q, cu_seqlens)
             options["initial_state"] = _states_in(chain, part, packed, state, initial_state)
-            local = [part.rows(x) for x in (q, k, v)]
+            local = [_rows(part, x) for x in (q, k, v)]
             local_slope = slope[part.low : part.high] if packed and slope is not None and slope.dim() == 2 else slope
             if ends is None:
                 outs.append(_la2.forward(*local, local_slope, **options))
@@ -227,7 +228,9 @@ class _ContextParallel(torch.autograd.Function):
         chain = chains.make_chain(lengths, setting.layout, cu_seqlens)
         parts = _segments(setting, q.shape[2], chain, packed)
         blocks = [
-            _outgoing_gradient(p.rows(q), p.rows(grad_out), slope, chain, p, packed, setting.scale, grad_final_state)
+            _outgoing_gradient(
+                _rows(p, q), _rows(p, grad_out), slope, chain, p, packed, setting.scale, grad_final_state
+            )
             for p in parts
         ]
         gathered, places = _exchange(blocks, setting)
@@ -243,9 +246,9 @@ class _ContextParallel(torch.autograd.Function):
             per_sequence = packed and slope is not None and slope.dim() == 2
             local_slope = slope[part.low : part.high] if per_sequence else slope
             dq, dk, dv, ds, dstate = _la2.backward(
-                part.rows(grad_out),
+                _rows(part, grad_out),
                 _gradients_in(chain, part, packed, gradient, grad_final_state),
-                *(part.rows(x) for x in (q, k, v)),
+                *(_rows(part, x) for x in (q, k, v)),
                 local_slope,
                 initial_state=_states_in(chain, part, packed, state, initial_state),
                 cu_seqlens=_local_cu(chain, part, q, cu_seqlens) if packed else None,
