@@ -46,7 +46,7 @@ def test_float64_is_one_process(ranks, world):
     found = ranks(world).run(on_ranks.worst_error, CASES, LENGTHS[world], chain.LAYOUTS)
     error, where = max(found)
     assert error < 1e-12, where
-    assert error > 0, "nothing was compared"
+    assert error > 0 or world == 1, "nothing was compared"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -78,7 +78,7 @@ def test_scale_shows_no_time_for_a_wrong_result(two):
         assert not wrong["calls"][0]["passed"] and "seconds" not in wrong["calls"][0]
         assert right["calls"][0]["passed"] and min(right["calls"][0]["seconds"].values()) > 0
         assert right["calls"][0]["bytes"] == 2 * 4 * 2 * 16 * 16  # forward and backward, W = 2
-        chosen = scale.Setting(2, 16, "float32", (96,), (32, 64), (), 1)
+        chosen = scale.Sizes(2, 16, "float32", (96,), (32, 64), (), 1)
         assert "WRONG" in scale.measured_table([wrong], chosen)
 
 

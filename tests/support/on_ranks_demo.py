@@ -45,7 +45,7 @@ def run_code(rank, code, tokens):
 
 def wrong_scale(rank):
     """What bench scale measures of a call whose result is off by a thousandth."""
-    chosen = scale.Setting(2, 16, "float32", (96,), (32, 64), (1 << 10, 1 << 12), 1)
+    chosen = scale.Sizes(2, 16, "float32", (96,), (32, 64), (1 << 10, 1 << 12), 1)
     return scale._measure(chosen, "cpu", call=_off_by_a_thousandth), scale._measure(chosen, "cpu")
 
 

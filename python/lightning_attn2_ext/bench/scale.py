@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from .. import slopes
 from ..distributed import group as exchange
 from ..distributed import lightning_attention_cp, shard_lengths, split_sequence
+from ..distributed.context import Setting, passes
 from ..distributed.states import arriving
 from . import gate, report, timing
 from .wire import Wire
@@ -33,7 +34,7 @@ TOKENS = (1 << 20, 1 << 22, 1 << 24, 1 << 26)
 
 
 @dataclasses.dataclass(frozen=True)
-class Setting:
+class Sizes:
     heads: int
     head_dim: int
     dtype: str
@@ -47,19 +48,19 @@ class Setting:
         return 4 * self.heads * self.head_dim**2
 
 
-def setting(device: str, quick: bool, repeats: int) -> Setting:
+def sizes(device: str, quick: bool, repeats: int) -> Sizes:
     if device == "cuda":
         return Setting(
             16, 128, "bfloat16", (1 << 15, 1 << 18), (1 << 13, 1 << 16), (1 << 16, 1 << 20, 1 << 24), repeats
         )
     lengths, fit = ((1024, 2048), (256, 1024)) if quick else ((8192, 32768), (1024, 8192))
-    return Setting(4, 64, "float32", lengths, fit, (1 << 12, 1 << 16, 1 << 20), repeats)
+    return Sizes(4, 64, "float32", lengths, fit, (1 << 12, 1 << 16, 1 << 20), repeats)
 
 
 # ---- measuring, on every rank
 
 
-def _inputs(chosen: Setting, length: int, device: str, seed: int):
+def _inputs(chosen: Sizes, length: int, device: str, seed: int):
     generator = torch.Generator().manual_seed(seed)
 
     def normal():
@@ -105,7 +106,7 @@ def _both(call, q, k, v, grad_out, device: str, repeats: int) -> dict[str, float
     return {kind: _seconds(f, device, repeats) for kind, f in zip(KINDS, (forward, backward), strict=True)}
 
 
-def _judge(chosen: Setting, length: int, device: str, call) -> gate.Verdict:
+def _judge(chosen: Sizes, length: int, device: str, call) -> gate.Verdict:
     """This rank's rows of out, dq, dk, dv against the recurrence on whole sequences."""
     slope = slopes.minimax(chosen.heads, 0, 12).to(device)
     whole = _inputs(chosen, length, device, seed=length)
@@ -123,7 +124,7 @@ def _gather(block: torch.Tensor, world: int) -> None:
     exchange.wait(exchange.all_gather(block, world, name), name)
 
 
-def _measure(chosen: Setting, device: str, call=None) -> dict:
+def _measure(chosen: Sizes, device: str, call=None) -> dict:
     """Everything that is measured with this many processes; the same dictionary on every rank."""
     world, rank = dist.get_world_size(), dist.get_rank()
     slope = slopes.minimax(chosen.heads, 0, 12).to(device)
@@ -154,7 +155,8 @@ def _measure(chosen: Setting, device: str, call=None) -> dict:
         q, k, v, grad_out = _inputs(chosen, length, device, seed=2)
 
         def alone(q, k, v, n=length):
-            return lightning_attention_cp(q, k, v, slope, group=groups[rank], lengths=[n])
+            by_itself = Setting(1.0, "contiguous", 1, 0, groups[rank].group_name)
+            return passes(q, k, v, slope, None, torch.tensor([n]), None, by_itself)[0]
 
         def one(q, k, v):
             return torch.ops.la2.forward(q, k, v, slope)
@@ -178,7 +180,7 @@ def _threads() -> int:
     return max(1, (os.cpu_count() or 1) // max(WORLDS))
 
 
-def _process(rank: int, world: int, folder: str, chosen: Setting) -> None:
+def _process(rank: int, world: int, folder: str, chosen: Sizes) -> None:
     torch.set_num_threads(_threads())  # the same for any number of processes: each stands for one device
     timing.keep_freed_memory()
     store = dist.FileStore(os.path.join(folder, f"store{world}"), world)
@@ -190,7 +192,7 @@ def _process(rank: int, world: int, folder: str, chosen: Setting) -> None:
     dist.destroy_process_group()
 
 
-def _start(world: int, chosen: Setting) -> dict:
+def _start(world: int, chosen: Sizes) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(_process, (world, folder, chosen), nprocs=world)
         with open(os.path.join(folder, f"result{world}.json")) as file:
@@ -214,7 +216,7 @@ class Model:
     """Seconds of one layer. Lines are (constant, per unit)."""
 
     one: dict[str, tuple[float, float]]  # the operator on one device, by tokens
-    alone: dict[str, tuple[float, float]]  # a context parallel call in a group of one, by tokens: both passes
+    alone: dict[str, tuple[float, float]]  # both passes of a call, in a group of one, by tokens
     combine: tuple[float, float]  # by blocks
     alpha: float  # of a step of the ring
     beta: float  # seconds a byte
@@ -224,17 +226,18 @@ class Model:
         return (world - 1) * (self.alpha + self.beta * self.state_bytes)
 
     def seconds(self, kind: str, world: int, tokens: int) -> float:
+        if world == 1:
+            return self.one[kind][0] + self.one[kind][1] * tokens
         constant, rate = self.alone[kind]
         exchanges = KINDS.index(kind) + 1
         combine = self.combine[0] + self.combine[1] * world
         return constant + rate * tokens / world + exchanges * (self.gather(world) + combine)
 
     def efficiency(self, kind: str, world: int, tokens: int) -> float:
-        constant, rate = self.one[kind]
-        return (constant + rate * tokens) / (world * self.seconds(kind, world, tokens))
+        return self.seconds(kind, 1, tokens) / (world * self.seconds(kind, world, tokens))
 
 
-def fit(measured: dict, chosen: Setting, alpha: float | None = None, beta: float | None = None) -> Model:
+def fit(measured: dict, chosen: Sizes, alpha: float | None = None, beta: float | None = None) -> Model:
     """From the parts that `_measure` took on their own; alpha and beta, where given, in place of measured ones."""
     steps = max(1, measured["world"] - 1)
     here = line([(g["bytes"], g["seconds"] / steps) for g in measured["gather"]]) if measured["gather"] else (0.0, 0.0)
@@ -251,7 +254,7 @@ def fit(measured: dict, chosen: Setting, alpha: float | None = None, beta: float
 # ---- telling
 
 
-def measured_table(results: list[dict], chosen: Setting) -> str:
+def measured_table(results: list[dict], chosen: Sizes) -> str:
     """Whole calls beside what the model of the same number of processes makes of them."""
     rows = []
     for measured in results:
@@ -280,7 +283,7 @@ def expected_table(model: Model, ranks=RANKS, tokens=TOKENS) -> str:
     return report.table(["forward + backward", *(f"{world} ranks" for world in ranks)], rows)
 
 
-def assumptions(model: Model, chosen: Setting, given: bool) -> str:
+def assumptions(model: Model, chosen: Sizes, given: bool) -> str:
     constant, rate = model.alone[KINDS[1]]
     single = model.one[KINDS[1]][1]
     bandwidth = f"{1e-9 / model.beta:.2f} GB/s" if model.beta else "no limit"
@@ -314,14 +317,14 @@ def main(argv: list[str] | None = None) -> int:
         if device == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         dist.init_process_group()
-        chosen = setting(device, arguments.quick, arguments.repeats)
+        chosen = sizes(device, arguments.quick, arguments.repeats)
         results = [_measure(chosen, device)]
         rank = dist.get_rank()
         dist.destroy_process_group()
         if rank > 0:
             return 0 if all(c["passed"] for c in results[0]["calls"]) else 1
     else:
-        chosen = setting("cpu", arguments.quick, arguments.repeats)
+        chosen = sizes("cpu", arguments.quick, arguments.repeats)
         results = [_start(world, chosen) for world in WORLDS]
     facts = report.environment()
     print(report.describe(facts))

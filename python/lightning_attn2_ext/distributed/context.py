@@ -31,7 +31,7 @@ _la2 = torch.ops.la2
 _NAME = "lightning_attention_cp"
 
 
-class _Setting(NamedTuple):
+class Setting(NamedTuple):
     """What of a call is no tensor."""
 
     scale: float
@@ -39,8 +39,8 @@ class _Setting(NamedTuple):
     world: int
     rank: int
     group_name: str
-    return_final_state: bool
-    whole_final_gradient: bool  # every rank is given the whole gradient of the final state, not its share
+    return_final_state: bool = False
+    whole_final_gradient: bool = False  # every rank is given the whole gradient of the final state, not its share
 
 
 class _Segment(NamedTuple):
@@ -57,7 +57,7 @@ def _rows(part: _Segment, x: Tensor) -> Tensor:
     return x.narrow(2, part.begin, part.size)
 
 
-def _segments(setting: _Setting, length, chain: chains.Chain, packed: bool) -> list[_Segment]:
+def _segments(setting: Setting, length, chain: chains.Chain, packed: bool) -> list[_Segment]:
     result, begin = [], 0
     places = chains.own_segments(setting.rank, setting.world, setting.layout)
     # Where the host may look at the edges, only the sequences that have tokens here get a state.
@@ -157,23 +157,17 @@ def _outgoing_gradient(q, grad_out, slope, chain, part, packed, scale, grad_fina
     return _row(ends_here, gradient + faded, gradient)
 
 
-def _by_place(gathered: Tensor, setting: _Setting) -> list[int]:
-    """The place in the chain of each block of an all_gather."""
-    return [
-        place for rank in range(setting.world) for place in chains.own_segments(rank, setting.world, setting.layout)
-    ]
-
-
-def _exchange(blocks: list[Tensor], setting: _Setting) -> tuple[Tensor, list[int]]:
-    """All segments' blocks `[C, B, H, D, E]` and the place of each; one all_gather, the only one of its pass."""
-    gathered = groups.all_gather(torch.stack(blocks), setting.world, setting.group_name)
-    return gathered, _by_place(gathered, setting)
+def _exchange(blocks: list[Tensor], setting: Setting) -> tuple[Tensor, list[int]]:
+    """All segments' blocks `[C, B, H, D, E]` and their places in the chain: the one all_gather of a pass."""
+    world, layout = setting.world, setting.layout
+    places = [place for rank in range(world) for place in chains.own_segments(rank, world, layout)]
+    return groups.all_gather(torch.stack(blocks), world, setting.group_name), places
 
 
 class _ContextParallel(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, slope, initial_state, lengths, cu_seqlens, setting):
-        setting = _Setting(*setting)
+        setting = Setting(*setting)
         packed = cu_seqlens is not None
         chain = chains.make_chain(lengths, setting.layout, cu_seqlens)
         parts = _segments(setting, q.shape[2], chain, packed)
@@ -214,7 +208,7 @@ class _ContextParallel(torch.autograd.Function):
     def backward(ctx, grad_out, grad_final_state):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(f"{_NAME}: its backward is differentiated again, expected first derivatives only")
-        setting = _Setting(*ctx.setting)
+        setting = Setting(*ctx.setting)
         q, k, v, slope, initial_state, lengths, cu_seqlens, *arrived = ctx.saved_tensors
         packed = cu_seqlens is not None
         if not setting.return_final_state:
@@ -276,6 +270,13 @@ class _ContextParallel(torch.autograd.Function):
             None,
             None,
         )
+
+
+def passes(
+    q, k, v, slope, initial_state, lengths: Tensor, cu_seqlens, setting: Setting
+) -> tuple[Tensor, Tensor | None]:
+    """Both passes and the exchange, of `[B, H, n, D]` tensors that fit: (out, final state or None)."""
+    return _ContextParallel.apply(q, k, v, slope, initial_state, lengths, cu_seqlens, tuple(setting))
 
 
 def _padded(rows: Tensor, part: _Segment, chain: chains.Chain) -> Tensor:
@@ -365,7 +366,7 @@ def lightning_attention_cp(
 
     Gradients by slope and initial_state are this rank's share, as those of every parameter are: their sum over the
     group is the gradient. The gradients of a final state that all ranks return are summed over them. First
-    derivatives only. All ranks must run the backward, since it has a collective too; under activation checkpointing
+    derivatives only, but in a group of one, which is the plain operator. All ranks must run the backward, since it has a collective too; under activation checkpointing
     the forward's is repeated.
 
     Raises:
@@ -450,5 +451,5 @@ def _on_tensors(
             )
     if not compiling:
         _check_arguments(q, k, v, slope, initial_state, cu_seqlens)
-    setting = _Setting(float(scale), layout, world, rank, group.group_name, return_final_state, whole_final_gradient)
-    return _ContextParallel.apply(q, k, v, slope, initial_state, counts, cu_seqlens, tuple(setting))
+    setting = Setting(float(scale), layout, world, rank, group.group_name, return_final_state, whole_final_gradient)
+    return passes(q, k, v, slope, initial_state, counts, cu_seqlens, setting)
