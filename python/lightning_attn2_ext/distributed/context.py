@@ -365,9 +365,9 @@ def lightning_attention_cp(
         out, of v's shape and dtype; with ``return_final_state`` the pair (out, final_state).
 
     Gradients by slope and initial_state are this rank's share, as those of every parameter are: their sum over the
-    group is the gradient. The gradients of a final state that all ranks return are summed over them. First
-    derivatives only, but in a group of one, which is the plain operator. All ranks must run the backward, since it has a collective too; under activation checkpointing
-    the forward's is repeated.
+    group is the gradient. The gradients of a final state that all ranks return are summed over them. All ranks must
+    run the backward, since it has a collective too; under activation checkpointing the forward's is repeated. First
+    derivatives only, but in a group of one, which is the plain operator.
 
     Raises:
         RuntimeError: where ranks differ in what must agree, or one has dropped out: the message names the rank. And, as
