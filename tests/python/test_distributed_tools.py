@@ -94,6 +94,14 @@ def test_scale_by_the_command_line(tmp_path, capsys, monkeypatch):
         assert [call["bytes"] for call in result["calls"]] == [2 * (result["world"] - 1) * state] * 2
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_sizes(device):
+    """What is fitted is no whole call, or the model would be checked against itself."""
+    chosen = scale.sizes(device, False, 3)
+    assert chosen.repeats == 3 and chosen.state_bytes == 4 * chosen.heads * chosen.head_dim**2
+    assert not {n // w for n in chosen.lengths for w in (2, 4)} & set(chosen.fit)
+
+
 def test_line():
     assert scale.line([(1.0, 5.0), (3.0, 9.0)]) == pytest.approx((3.0, 2.0))
     assert scale.line([(0, 1.0), (1, 3.1), (2, 4.9)]) == pytest.approx((1.05, 1.95))

@@ -50,10 +50,9 @@ class Sizes:
 
 def sizes(device: str, quick: bool, repeats: int) -> Sizes:
     if device == "cuda":
-        return Setting(
-            16, 128, "bfloat16", (1 << 15, 1 << 18), (1 << 13, 1 << 16), (1 << 16, 1 << 20, 1 << 24), repeats
-        )
-    lengths, fit = ((1024, 2048), (256, 1024)) if quick else ((8192, 32768), (1024, 8192))
+        lengths, fit, blocks = (1 << 15, 1 << 17), (4096, 49152), (1 << 16, 1 << 20, 1 << 24)
+        return Sizes(16, 128, "bfloat16", lengths, fit, blocks, repeats)
+    lengths, fit = ((1024, 2048), (384, 1536)) if quick else ((8192, 24576), (1024, 8192))
     return Sizes(4, 64, "float32", lengths, fit, (1 << 12, 1 << 16, 1 << 20), repeats)
 
 
@@ -61,11 +60,11 @@ def sizes(device: str, quick: bool, repeats: int) -> Sizes:
 
 
 def _inputs(chosen: Sizes, length: int, device: str, seed: int):
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
 
     def normal():
-        x = torch.randn(1, chosen.heads, length, chosen.head_dim, generator=generator)
-        return x.to(device, getattr(torch, chosen.dtype))
+        x = torch.randn(1, chosen.heads, length, chosen.head_dim, generator=generator, device=device)
+        return x.to(getattr(torch, chosen.dtype))
 
     return F.silu(normal()), F.silu(normal()), normal(), normal()
 
