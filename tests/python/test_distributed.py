@@ -26,21 +26,6 @@ LENGTHS = {  # even, uneven with an empty rank in every place, all but one empty
 }
 
 
-@pytest.fixture(scope="module")
-def ranks():
-    """`ranks(world)`: processes that are started once."""
-    started = {}
-
-    def get(world):
-        if world not in started:
-            started[world] = Ranks(world)
-        return started[world]
-
-    yield get
-    for processes in started.values():
-        processes.close()
-
-
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_float64_is_one_process(ranks, world):
     found = ranks(world).run(on_ranks.worst_error, CASES, LENGTHS[world], chain.LAYOUTS)

@@ -13,19 +13,11 @@ import torch
 
 from lightning_attn2_ext.bench import scale
 from tests.support import on_ranks_demo
-from tests.support.ranks import Ranks
 
 
-@pytest.fixture(scope="module")
-def two():
-    ranks = Ranks(2)
-    yield ranks
-    ranks.close()
-
-
-def test_training_split_over_ranks_is_training(two):
-    (alone, weights), *_ = two.run(on_ranks_demo.curve, False)
-    for curve, others in two.run(on_ranks_demo.curve, True):
+def test_training_split_over_ranks_is_training(ranks):
+    (alone, weights), *_ = ranks(2).run(on_ranks_demo.curve, False)
+    for curve, others in ranks(2).run(on_ranks_demo.curve, True):
         assert len(curve) == len(alone) == on_ranks_demo.RECIPE.steps
         assert alone[0][1] - alone[-1][1] > 1, "it did not learn"
         # The loss of a step is computed in float32 from float64 logits.
@@ -35,11 +27,11 @@ def test_training_split_over_ranks_is_training(two):
             assert (a - b).abs().max() < 1e-4 * a.abs().max()  # the optimizer divides by gradients that are near zero
 
 
-def test_the_code_in_the_readme(two):
+def test_the_code_in_the_readme(ranks):
     text = (pathlib.Path(__file__).resolve().parents[2] / "README.md").read_text()
     (code,) = re.findall(r"^    from lightning_attn2_ext\.distributed .*\n(?:    .*\n|\n)*", text, re.MULTILINE)
     tokens = torch.randint(50, (1, 21), generator=torch.Generator().manual_seed(0))
-    found = two.run(on_ranks_demo.run_code, textwrap.dedent(code), tokens)
+    found = ranks(2).run(on_ranks_demo.run_code, textwrap.dedent(code), tokens)
     for out, want, _ in found:
         assert (out - want).abs().max() < 1e-12 * want.abs().max()
     assert torch.cat([labels for _, _, labels in found], 1).tolist() == [[*tokens[0, 1:].tolist(), -100]]
@@ -73,8 +65,8 @@ def test_demo_without_torchrun_says_how(tmp_path):
     assert done.returncode != 0 and "torchrun --nproc-per-node 2 -m lightning_attn2_ext demo" in done.stderr
 
 
-def test_scale_shows_no_time_for_a_wrong_result(two):
-    for wrong, right in two.run(on_ranks_demo.wrong_scale):
+def test_scale_shows_no_time_for_a_wrong_result(ranks):
+    for wrong, right in ranks(2).run(on_ranks_demo.wrong_scale):
         assert not wrong["calls"][0]["passed"] and "seconds" not in wrong["calls"][0]
         assert right["calls"][0]["passed"] and min(right["calls"][0]["seconds"].values()) > 0
         assert right["calls"][0]["bytes"] == 2 * 4 * 2 * 16 * 16  # forward and backward, W = 2

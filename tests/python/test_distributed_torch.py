@@ -3,21 +3,6 @@
 import pytest
 
 from tests.support import on_ranks_torch
-from tests.support.ranks import Ranks
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    started = {}
-
-    def get(world):
-        if world not in started:
-            started[world] = Ranks(world)
-        return started[world]
-
-    yield get
-    for processes in started.values():
-        processes.close()
 
 
 @pytest.mark.parametrize("two", [False, True])
