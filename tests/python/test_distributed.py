@@ -91,6 +91,10 @@ def test_saves_one_state_whatever_the_length(ranks):
         assert state <= kept <= state + 8 * 2  # and the token counts of the ranks
 
 
+def test_a_group_of_one_is_the_plain_operator(ranks):
+    assert ranks(1).run(on_ranks.in_a_group_of_one) == [True]
+
+
 def test_nan_does_not_reach_the_ranks_before(ranks):
     assert ranks(3).run(on_ranks.poisoned) == [True, True, False]
 

@@ -140,6 +140,17 @@ def saved_bytes(rank, tokens):
     return sum(kept.values()), 2 * 16 * 16 * 4
 
 
+def in_a_group_of_one(rank):
+    """Whether it is the plain operator: to the bit, and twice differentiable."""
+    q, k, v = torch.randn(3, 1, 2, 8, 8, dtype=torch.float64)
+    slope = torch.tensor([0.1, 2.0], dtype=torch.float64)
+    (own,) = leaves(q)
+    out = lightning_attention_cp(own, k, v, slope)
+    (dq,) = torch.autograd.grad(out.square().sum(), own, create_graph=True)
+    torch.autograd.grad(dq.sum(), own)
+    return torch.equal(out, lightning_attention(q, k, v, slope))
+
+
 def poisoned(rank):
     """Whether out is finite, where all tokens of the last rank are NaN."""
     x = torch.randn(3, 1, 2, 8, 8)

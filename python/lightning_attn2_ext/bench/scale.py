@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -74,24 +76,30 @@ def _wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def _seconds(call, device: str, repeats: int) -> float:
-    """Median over repeats of the slowest rank's time, all of them having started together."""
-    taken = []
+def _medians(calls: dict[tuple, Callable], device: str, repeats: int) -> dict[tuple, float]:
+    """Median seconds of the slowest rank, all having started together.
+
+    In rounds, each of all calls: what else the machine does falls on all alike. None follows one with the same inputs,
+    which the caches would still have.
+    """
+    taken: dict[tuple, list[float]] = {name: [] for name in calls}
+    order = sorted(calls, key=lambda name: name[-1] == KINDS[1])  # forwards first, then those with a backward
     for turn in range(repeats + 1):
-        dist.barrier()
-        _wait(device)
-        begin = time.perf_counter()
-        call()
-        _wait(device)
-        worst = torch.tensor(time.perf_counter() - begin, device=device)
-        dist.all_reduce(worst, dist.ReduceOp.MAX)
-        if turn:
-            taken.append(worst.item())
-    return statistics.median(taken)
+        for name, call in ((name, calls[name]) for name in order):
+            dist.barrier()
+            _wait(device)
+            begin = time.perf_counter()
+            call()
+            _wait(device)
+            worst = torch.tensor(time.perf_counter() - begin, device=device)
+            dist.all_reduce(worst, dist.ReduceOp.MAX)
+            if turn:
+                taken[name].append(worst.item())
+    return {name: statistics.median(values) for name, values in taken.items()}
 
 
-def _both(call, q, k, v, grad_out, device: str, repeats: int) -> dict[str, float]:
-    """Seconds of `call(q, k, v)` alone, and with its backward."""
+def _both(call, q, k, v, grad_out) -> dict[str, Callable]:
+    """`call(q, k, v)` alone, and with its backward."""
 
     def forward():
         with torch.no_grad():
@@ -102,7 +110,7 @@ def _both(call, q, k, v, grad_out, device: str, repeats: int) -> dict[str, float
     def backward():
         torch.autograd.grad(call(*own), own, grad_out)
 
-    return {kind: _seconds(f, device, repeats) for kind, f in zip(KINDS, (forward, backward), strict=True)}
+    return dict(zip(KINDS, (forward, backward), strict=True))
 
 
 def _judge(chosen: Sizes, length: int, device: str, call) -> gate.Verdict:
@@ -123,56 +131,61 @@ def _gather(block: torch.Tensor, world: int) -> None:
     exchange.wait(exchange.all_gather(block, world, name), name)
 
 
-def _measure(chosen: Sizes, device: str, call=None) -> dict:
-    """Everything that is measured with this many processes; the same dictionary on every rank."""
+def _measure(chosen: Sizes, device: str, call=lightning_attention_cp) -> dict:
+    """Everything that is measured with this many processes; the same dictionary on every rank. `call` replaces what is
+    timed (the tests pass a wrong one)."""
     world, rank = dist.get_world_size(), dist.get_rank()
     slope = slopes.minimax(chosen.heads, 0, 12).to(device)
-    groups = [dist.new_group([r]) for r in range(world)]
-    call = call or (lambda q, k, v, s, **options: lightning_attention_cp(q, k, v, s, **options))
+    by_itself = Setting(1.0, "contiguous", 1, 0, dist.group.WORLD.group_name)  # in a group of one nothing is sent
+    jobs: dict[tuple, Callable] = {}
 
-    def split(lengths):
-        return lambda q, k, v: call(q, k, v, slope, lengths=lengths)
+    def add(name, argument, f, inputs):
+        jobs.update({(name, argument, kind): job for kind, job in _both(f, *inputs).items()})
 
-    result: dict = {"world": world, "calls": [], "alone": [], "one": [], "gather": [], "combine": []}
+    whole = []
     for length in chosen.lengths:
         lengths = shard_lengths(length, world)
-        verdict = _judge(chosen, length, device, lambda *x, n=lengths: call(*x, lengths=n))
+
+        def split(q, k, v, s=slope, lengths=lengths):
+            return call(q, k, v, s, lengths=lengths)
+
+        verdict = _judge(chosen, length, device, split)
         passed = torch.tensor(float(verdict.passed), device=device)
         dist.all_reduce(passed, dist.ReduceOp.MIN)
         row = {"n": length, "passed": bool(passed.item()), "errors": verdict.errors, "bounds": verdict.bounds}
         if row["passed"]:
-            q, k, v, grad_out = (split_sequence(x, 2).contiguous() for x in _inputs(chosen, length, device, seed=1))
-            row["seconds"] = _both(split(lengths), q, k, v, grad_out, device, chosen.repeats)
+            inputs = [split_sequence(x, 2).contiguous() for x in _inputs(chosen, length, device, seed=1)]
+            add("calls", length, split, inputs)
             with Wire() as wire:
-                own = [x.detach().requires_grad_() for x in (q, k, v)]
-                torch.autograd.grad(split(lengths)(*own), own, grad_out)
+                jobs["calls", length, KINDS[1]]()
             row["bytes"] = sum(wire.sent.values())
         else:
             print(f"WRONG RESULT, not timed: {world} processes, rank {rank}, N={length}: {verdict}")
-        result["calls"].append(row)
+        whole.append(row)
     for length in chosen.fit:
-        q, k, v, grad_out = _inputs(chosen, length, device, seed=2)
-
-        def alone(q, k, v, n=length):
-            by_itself = Setting(1.0, "contiguous", 1, 0, groups[rank].group_name)
-            return passes(q, k, v, slope, None, torch.tensor([n]), None, by_itself)[0]
-
-        def one(q, k, v):
-            return torch.ops.la2.forward(q, k, v, slope)
-
-        for name, f in (("alone", alone), ("one", one)):
-            result[name].append({"n": length, **_both(f, q, k, v, grad_out, device, chosen.repeats)})
+        counts = torch.tensor([length])
+        inputs = _inputs(chosen, length, device, seed=2), _inputs(chosen, length, device, seed=3)
+        add("alone", length, lambda *x, n=counts: passes(*x, slope, None, n, None, by_itself)[0], inputs[0])
+        add("one", length, lambda *x: torch.ops.la2.forward(*x, slope), inputs[1])
     for size in chosen.blocks if world > 1 else ():
         block = torch.zeros(size // 4, device=device)
-        seconds = _seconds(lambda: _gather(block, world), device, 3 * chosen.repeats)  # noqa: B023
-        result["gather"].append({"bytes": size, "seconds": seconds})
+        jobs["gather", size] = functools.partial(_gather, block, world)
     for blocks in (2, 32):
         states = torch.randn(blocks, 1, chosen.heads, chosen.head_dim, chosen.head_dim, device=device)
         weights = torch.rand(blocks, 1, chosen.heads, device=device)
-        connected = torch.ones(blocks, dtype=torch.bool)
-        seconds = _seconds(lambda: arriving(states, weights, connected), device, 3 * chosen.repeats)  # noqa: B023
-        result["combine"].append({"blocks": blocks, "seconds": seconds})
-    return result
+        jobs["combine", blocks] = functools.partial(arriving, states, weights, torch.ones(blocks, dtype=torch.bool))
+    taken = _medians(jobs, device, chosen.repeats)
+    for row in whole:
+        if row["passed"]:
+            row["seconds"] = {kind: taken["calls", row["n"], kind] for kind in KINDS}
+    return {
+        "world": world,
+        "calls": whole,
+        "alone": [{"n": n, **{kind: taken["alone", n, kind] for kind in KINDS}} for n in chosen.fit],
+        "one": [{"n": n, **{kind: taken["one", n, kind] for kind in KINDS}} for n in chosen.fit],
+        "gather": [{"bytes": name[1], "seconds": t} for name, t in taken.items() if name[0] == "gather"],
+        "combine": [{"blocks": name[1], "seconds": t} for name, t in taken.items() if name[0] == "combine"],
+    }
 
 
 def _threads() -> int:

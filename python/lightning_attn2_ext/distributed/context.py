@@ -451,5 +451,10 @@ def _on_tensors(
             )
     if not compiling:
         _check_arguments(q, k, v, slope, initial_state, cu_seqlens)
+    if world == 1:
+        options = {"scale": scale, "cu_seqlens": cu_seqlens, "initial_state": initial_state}
+        if return_final_state:
+            return _la2.forward_with_state(q, k, v, slope, **options)
+        return _la2.forward(q, k, v, slope, **options), None
     setting = Setting(float(scale), layout, world, rank, group.group_name, return_final_state, whole_final_gradient)
     return passes(q, k, v, slope, initial_state, counts, cu_seqlens, setting)
