@@ -12,6 +12,7 @@ _USAGE = """usage: python -m lightning_attn2_ext <command> [options]
   check       test this installation on every device and dtype
   bench cpu   time the operators on the CPU beside softmax attention
   bench ops   time the operators on a CUDA device beside other packages
+  bench scale time context parallelism on several processes, and model more of them
 
 and, on a CPU or a GPU, with tables, JSON and plots:
 
@@ -35,6 +36,7 @@ _COMMANDS = {
     ("bench", "ops"): "bench.ops",
     ("bench", "calibrate"): "bench.calibrate",
     **{("bench", name): f"bench.{name}" for name in _TABLES},
+    ("bench", "scale"): "bench.scale",
 }
 
 

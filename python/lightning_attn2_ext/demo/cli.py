@@ -84,8 +84,48 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--text-dir", help="a folder of text instead of the Python standard library")
     parser.add_argument("--quick", action="store_true", help="a few seconds: to see that everything runs")
+    parser.add_argument(
+        "--context-parallel", action="store_true", help="split every window over the processes of torchrun"
+    )
+    parser.add_argument(
+        "--float64",
+        action="store_true",
+        help="train in float64, on the CPU: to compare runs, since in float32 the optimizer makes a rounding visible",
+    )
     arguments = parser.parse_args(argv)
-    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if not arguments.context_parallel:
+        return _tell(parser, arguments)
+    from . import parallel
+
+    with parallel.only_first_speaks():
+        return _tell(parser, arguments)
+
+
+def _device(arguments) -> torch.device:
+    if arguments.context_parallel and not arguments.device:
+        from . import parallel
+
+        return parallel.device()
+    return torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _train_together(model, corpus, rows, recipe, seed: int):
+    """`train` with the tokens of every window split; (rank, curve)."""
+    from . import parallel
+
+    together = parallel.from_environment(recipe.length)
+    print(f"   windows split over {together.world} processes: {together.lengths} bytes", flush=True)
+    together.split(model)
+    curve = train(model, corpus, rows, recipe, seed, together)
+    together.whole(model)
+    torch.distributed.destroy_process_group()
+    return together.rank, curve
+
+
+def _tell(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
+    device = _device(arguments)
+    if arguments.float64 and device.type != "cpu":
+        parser.error(f"--float64 is for the CPU, expected --device cpu beside it, not {device}")
     began = time.perf_counter()
     out = pathlib.Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -119,18 +159,24 @@ def main(argv: list[str] | None = None) -> int:
         return 1
 
     torch.manual_seed(arguments.seed)
-    model = LanguageModel(size).to(device)
+    model = LanguageModel(size).to(device, torch.float64 if arguments.float64 else torch.float32)
     tables = sum(p.numel() for p in model.embedding.parameters())
     dense = sum(p.numel() for p in model.parameters()) - tables
     print("\n3. Training")
     print(f"   {size.layers} layers, {size.heads} heads of {size.head_dim}: {dense / 1e6:.2f} M weights", end=" ")
     print(f"and {tables / 1e6:.1f} M in byte and n-gram tables; windows of {recipe.length} bytes, {recipe.rows} a step")
     stop = "" if math.isinf(recipe.seconds) else f" or {recipe.seconds:.0f} s, whichever comes first"
-    print(f"   {recipe.steps} steps{stop}; {'bfloat16 autocast' if device.type == 'cuda' else 'float32'}", flush=True)
+    number = "bfloat16 autocast" if device.type == "cuda" else "float64" if arguments.float64 else "float32"
+    print(f"   {recipe.steps} steps{stop}; {number}", flush=True)
     busy = choose_threads(model, recipe)
     if busy:
         print(f"   {busy}", flush=True)
-    curve = train(model, corpus, rows, recipe, arguments.seed)
+    if arguments.context_parallel:
+        rank, curve = _train_together(model, corpus, rows, recipe, arguments.seed)
+        if rank > 0:
+            return 0
+    else:
+        curve = train(model, corpus, rows, recipe, arguments.seed)
     if torch.get_num_threads() != facts["threads"]:
         facts["threads"] = torch.get_num_threads()
         print(f"   threads from here on: {facts['threads']}")
@@ -185,6 +231,7 @@ def main(argv: list[str] | None = None) -> int:
         "size": dataclasses.asdict(size),
         "steps": curve.steps,
         "bytes_read": seen,
+        "training_bits_per_byte": curve.train,
         "training_seconds": curve.seconds,
         "training_bytes_per_s": seen / curve.seconds,
         "held_out_bytes": len(held_bytes),

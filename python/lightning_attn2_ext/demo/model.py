@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import slopes
+from .._ops import _accumulation_dtype
 
 VOCABULARY = 256  # bytes
 NGRAMS = (2, 3, 4)
@@ -70,10 +71,11 @@ class Mixer(nn.Module):
         self.out = nn.Linear(size.width, size.width, bias=False)
         # Not a buffer on purpose: model.to(bfloat16) would round it, and a slope must stay float32.
         self.slope = slopes.minimax(size.heads, layer_idx, size.layers)
+        self.context_parallel: dict | None = None  # options of lightning_attention_cp, where ranks share sequences
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
-        self.slope = self.slope.to(self.out.weight.device)
+        self.slope = self.slope.to(self.out.weight.device, _accumulation_dtype(self.out.weight))
         return self
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -88,7 +90,11 @@ class Mixer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.project(x)
-        return self.finish(x, torch.ops.la2.forward(q, k, v, self.slope))
+        if self.context_parallel is None:
+            return self.finish(x, torch.ops.la2.forward(q, k, v, self.slope))
+        from ..distributed import lightning_attention_cp
+
+        return self.finish(x, lightning_attention_cp(q, k, v, self.slope, **self.context_parallel))
 
     def prefill(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         q, k, v = self.project(x)
@@ -160,9 +166,9 @@ class LanguageModel(nn.Module):
         return self.head(self.norm(x))
 
     def new_states(self, rows: int) -> list[Tensor]:
-        size, device = self.size, self.head.weight.device
+        size, weight = self.size, self.head.weight
         shape = (rows, size.heads, size.head_dim, size.head_dim)
-        return [torch.zeros(shape, dtype=torch.float32, device=device) for _ in self.blocks]
+        return [torch.zeros(shape, dtype=_accumulation_dtype(weight), device=weight.device) for _ in self.blocks]
 
     def prefill(self, tokens: Tensor, states: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Reads ``tokens [B, HISTORY + N]`` on from ``states``: logits and the states behind the last token."""

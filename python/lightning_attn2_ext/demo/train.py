@@ -7,12 +7,16 @@ import dataclasses
 import math
 import statistics
 import time
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional as F
 
 from . import data, progress
 from .model import HISTORY, LanguageModel, with_history
+
+if TYPE_CHECKING:
+    from .parallel import Parallel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +103,15 @@ def choose_threads(model: LanguageModel, recipe: Recipe) -> str | None:
     return None
 
 
-def train(model: LanguageModel, corpus: data.Corpus, held_out: torch.Tensor, recipe: Recipe, seed: int) -> Curve:
+def train(
+    model: LanguageModel,
+    corpus: data.Corpus,
+    held_out: torch.Tensor,
+    recipe: Recipe,
+    seed: int,
+    parallel: Parallel | None = None,
+) -> Curve:
+    """Every process of `parallel` draws the same windows and keeps the same parameters; only the first measures."""
     device = model.head.weight.device
     generator = torch.Generator().manual_seed(seed)
     tables = list(model.embedding.parameters())
@@ -117,17 +129,24 @@ def train(model: LanguageModel, corpus: data.Corpus, held_out: torch.Tensor, rec
     for step in range(recipe.steps):
         elapsed = time.perf_counter() - start - spent_measuring
         done = max(step / recipe.steps, elapsed / recipe.seconds)
+        if parallel is not None and not math.isinf(recipe.seconds):
+            done = parallel.as_first(done)
         if done >= 1.0:
             break
         for group in optimizer.param_groups:
             group["lr"] = recipe.rate * _rate(step, done)
         step_began = time.perf_counter()
         window = data.batch(corpus.train, recipe.rows, recipe.length + HISTORY, generator).to(device)
+        tokens, labels = (window[:, :-1], window[:, HISTORY + 1 :]) if parallel is None else parallel.cut(window)
         with autocast(device):
-            logits = model(window[:, :-1])
-        loss = F.cross_entropy(logits.float().flatten(0, 1), window[:, HISTORY + 1 :].flatten())
+            logits = model(tokens)
+        loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="sum")
+        loss = loss / (recipe.rows * recipe.length)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        if parallel is not None:
+            loss = loss.detach()
+            parallel.sum(loss, *(p.grad for p in model.parameters()))
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         seen = (step + 1) * recipe.rows * recipe.length
@@ -146,7 +165,7 @@ def train(model: LanguageModel, corpus: data.Corpus, held_out: torch.Tensor, rec
             slow = slow + 1 if took > 5 * fastest else 0
             if slow == 3:  # others have begun to use this machine
                 choose_threads(model, recipe)
-        if (step + 1) % every == 0 and step + 1 < recipe.steps:
+        if (step + 1) % every == 0 and step + 1 < recipe.steps and (parallel is None or parallel.rank == 0):
             before = time.perf_counter()
             curve.held_out.append((seen, held_out_bits(model, held_out)[0]))
             spent_measuring += time.perf_counter() - before
