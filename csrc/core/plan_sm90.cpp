@@ -1,4 +1,6 @@
 // The Hopper family's planner: csrc/kernels/sm90.
+#include <cmath>
+
 #include "plan_parts.h"
 
 namespace la2 {
@@ -18,7 +20,7 @@ constexpr Sm90Cost kTrilinear[] = {
 constexpr double kPair64 = 1.47, kPair128 = 3.19;  // dk and dv; one dim of 64 and one of 128: in between
 constexpr double kBusy = 0.2;                      // slower by this where every SM is at work: shared L2, lower clocks
 constexpr double kGBs = 3800;                      // 0.89 of what a copy moves
-constexpr double kFirstUs = 8.0;                   // launch, first copies, last stores
+constexpr double kFirstUs = 6.0;                   // launch, first copies, last stores
 constexpr double kNextUs = 2.0;                    // of one more kernel, which overlaps the one before
 constexpr double kCombineUs = 6.0;
 constexpr int kBytes = 2;
@@ -41,12 +43,46 @@ int64_t resident_blocks(const DeviceProps& device, int cluster) {
   return cluster < 4 ? device.num_sms / cluster * cluster : device.num_sms * 10 / 11 / cluster * cluster;
 }
 
-// A launch with `items` blocks' worth of work, each `chunks` long, which moves `bytes`.
-double launch_us(const DeviceProps& device, int64_t items, int cluster, int64_t chunks, double chunk_us, double bytes) {
-  const int64_t resident = resident_blocks(device, cluster);
-  const double busy = std::min(1.0, static_cast<double>(items) / static_cast<double>(resident));
-  const double turns = static_cast<double>(ceil_div(items, resident));
-  return std::max(turns * static_cast<double>(chunks) * chunk_us * (1 + kBusy * busy), bytes / (kGBs * 1e3));
+// Of the state pass's chunks, the share that decay leaves something of: not known to the host, 1 without decay, little
+// with the slopes of most heads.
+constexpr double kWindowShare = 0.6;
+
+// What blocks walk. Dense: items of equal length. Packed, lengths are known to the device alone: a sequence is taken to
+// have up to four times the mean.
+struct Walk {
+  int64_t units;     // times heads
+  int64_t chunks;    // of the longest item
+  double all;        // chunks of all units times heads
+  double cut_share;  // of tokens in segments that have a next one
+  bool is_packed;
+};
+
+Walk walk_of(const Problem& p, const Plan& plan) {
+  const int64_t tokens = std::max<int64_t>(p.length, 1), num_seqs = std::max<int64_t>(p.num_seqs, 1);
+  const int64_t longest = p.packed ? std::min(tokens, 4 * ceil_div(tokens, num_seqs)) : tokens;
+  const int64_t walked = std::min(plan.segment_len, longest);
+  Walk walk;
+  walk.units = (p.packed ? std::max(num_seqs, ceil_div(tokens, plan.segment_len)) : plan.num_units) * p.heads;
+  walk.chunks = ceil_div(walked, kChunk);
+  walk.all = p.packed ? static_cast<double>((tokens / kChunk + num_seqs) * p.heads)
+                      : static_cast<double>(walk.units * walk.chunks);
+  walk.cut_share = 1.0 - static_cast<double>(walked) / static_cast<double>(longest);
+  walk.is_packed = p.packed;
+  return walk;
+}
+
+// A launch of `width` blocks for each unit and head, which moves `bytes`.
+double launch_us(const DeviceProps& device, const Walk& walk, int64_t width, int cluster, double share, double chunk_us,
+                 double bytes) {
+  const double resident = static_cast<double>(resident_blocks(device, cluster));
+  const double items = static_cast<double>(walk.units * width) * share;
+  const double chunks = static_cast<double>(walk.chunks);
+  const double steps = walk.is_packed ? walk.all * static_cast<double>(width) * share / resident + chunks / 2
+                                      : std::ceil(items / resident) * chunks;
+  const double busy = std::min(1.0, items / resident);
+  const double walking = std::max(steps, chunks) * chunk_us * (1 + kBusy * busy), copying = bytes / (kGBs * 1e3);
+  // Not quite the longer of the two: where they are alike, each waits for the other now and then.
+  return std::sqrt(std::sqrt(std::pow(walking, 4) + std::pow(copying, 4)));
 }
 
 }  // namespace
@@ -72,11 +108,7 @@ Status plan_sm90(const Problem& p, const DeviceProps& device, const Forced& forc
       Plan candidate;
       candidate.family = Family::kSm90;
       const bool cut = cut_into_segments(p, segments, &candidate);
-      const int64_t units = busy_units(p, candidate) * p.heads;
-      const int64_t chunks = ceil_div(std::min(candidate.segment_len, std::max<int64_t>(p.length, 1)), kChunk);
-      const double read_share =
-          1.0 - 1.0 / static_cast<double>(candidate.num_segments);  // the last segment's state nobody needs
-
+      const Walk walk = walk_of(p, candidate);
       double us = kFirstUs;
       auto add = [&](int launch, int64_t dim_a, int64_t dim_c, int wanted_slice, int jobs) -> bool {
         const Sm90Cost* cost = find(tile_a_for(dim_a), wanted_slice);
@@ -87,9 +119,9 @@ Status plan_sm90(const Problem& p, const DeviceProps& device, const Forced& forc
         candidate.clusters[launch] = cluster;
         candidate.max_blocks[launch] = p.packed ? 0 : resident_blocks(device, cluster);
         candidate.num_launches = launch + 1;
-        const int64_t items = units * ceil_div(slices, cluster) * cluster * jobs;
         const double bytes = rows * jobs * 2 * static_cast<double>(dim_a + dim_c);
-        us += launch_us(device, items, cluster, chunks, p.backward ? cost->gradient : cost->out, bytes);
+        us += launch_us(device, walk, ceil_div(slices, cluster) * cluster * jobs, cluster, 1,
+                        p.backward ? cost->gradient : cost->out, bytes);
         return true;
       };
       if (!p.backward) {
@@ -100,7 +132,7 @@ Status plan_sm90(const Problem& p, const DeviceProps& device, const Forced& forc
         candidate.is_fused = true;
         candidate.tiles[0] = {tile_a_for(p.dim_v), tile_a_for(p.dim_k), kChunk};  // of dk
         candidate.max_blocks[0] = p.packed ? 0 : resident_blocks(device, 1);
-        us += launch_us(device, units, 1, chunks, pair_us, rows * 3 * static_cast<double>(p.dim_k + p.dim_v)) + kNextUs;
+        us += launch_us(device, walk, 1, 1, 1, pair_us, rows * 3 * static_cast<double>(p.dim_k + p.dim_v)) + kNextUs;
         if (!add(1, p.dim_v, p.dim_k, slice, 1)) continue;
       } else {
         // Slices of 128 do not split what dk and dv need split.
@@ -116,10 +148,10 @@ Status plan_sm90(const Problem& p, const DeviceProps& device, const Forced& forc
           candidate.state_tiles[launch] = {tile_a, slice_c, kChunk};
           candidate.state_clusters[launch] = cluster;
           candidate.state_floats[launch] = tile_a * ceil_div(dim_c, 64) * 64;
-          const double items = static_cast<double>(units * slices * jobs) * read_share;
-          us += launch_us(device, static_cast<int64_t>(items), cluster, chunks,
-                          p.backward ? find(tile_a, slice_c)->state_only_split : find(tile_a, slice_c)->state_only,
-                          rows * jobs * read_share * static_cast<double>(dim_a + dim_c));
+          const Sm90Cost& cost = *find(tile_a, slice_c);
+          const double bytes = rows * jobs * walk.cut_share * static_cast<double>(dim_a + dim_c);
+          us += kWindowShare * launch_us(device, walk, slices * jobs, cluster, walk.cut_share,
+                                         p.backward ? cost.state_only_split : cost.state_only, bytes);
         };
         if (!p.backward) {
           add_states(0, p.dim_k, p.dim_v, 1);

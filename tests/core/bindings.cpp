@@ -41,7 +41,10 @@ PYBIND11_MODULE(la2_core, m) {
       .value("bf16", la2::DType::kBFloat16)
       .value("fp16", la2::DType::kFloat16)
       .value("fp64", la2::DType::kFloat64);
-  py::enum_<la2::Family>(m, "Family").value("simt", la2::Family::kSimt).value("sm80", la2::Family::kSm80);
+  py::enum_<la2::Family>(m, "Family")
+      .value("simt", la2::Family::kSimt)
+      .value("sm80", la2::Family::kSm80)
+      .value("sm90", la2::Family::kSm90);
   py::class_<la2::Problem>(m, "Problem")
       .def(py::init<>())
       .def_readwrite("backward", &la2::Problem::backward)
@@ -66,12 +69,21 @@ PYBIND11_MODULE(la2_core, m) {
       .def_readonly("chunk", &la2::Tile::chunk);
   py::class_<la2::Plan>(m, "Plan")
       .def_readonly("family", &la2::Plan::family)
+      .def_readonly("is_fused", &la2::Plan::is_fused)
       .def_readonly("segment_len", &la2::Plan::segment_len)
       .def_readonly("num_segments", &la2::Plan::num_segments)
       .def_readonly("num_units", &la2::Plan::num_units)
       .def_readonly("local_states", &la2::Plan::local_states)
       .def_readonly("dot_floats", &la2::Plan::dot_floats)
       .def_readonly("predicted_us", &la2::Plan::predicted_us)
+      .def_property_readonly("clusters",
+                             [](const la2::Plan& p) { return std::make_tuple(p.clusters[0], p.clusters[1]); })
+      .def_property_readonly("max_blocks",
+                             [](const la2::Plan& p) { return std::make_tuple(p.max_blocks[0], p.max_blocks[1]); })
+      .def_property_readonly("state_tiles",
+                             [](const la2::Plan& p) { return std::make_tuple(p.state_tiles[0], p.state_tiles[1]); })
+      .def_property_readonly("state_floats",
+                             [](const la2::Plan& p) { return std::make_tuple(p.state_floats[0], p.state_floats[1]); })
       .def_property_readonly("tiles", [](const la2::Plan& p) {
         py::list tiles;
         for (int i = 0; i < p.num_launches; ++i) tiles.append(p.tiles[i]);

@@ -28,10 +28,14 @@ def problems(draw, core):
     return problem
 
 
-def jobs(problem):
-    """(Da, Dc) of the jobs of every launch, as csrc/core/plan.h describes them."""
+def jobs(problem, plan):
+    """(launch, Da, Dc) of the jobs, as csrc/core/plan.h describes them."""
     forward, dq = (problem.dim_k, problem.dim_v), (problem.dim_v, problem.dim_k)
-    return [forward] if not problem.backward else [dq, dq, forward]
+    if not problem.backward:
+        return [(0, *forward)]
+    if plan.is_fused:
+        return [(0, *dq), (1, *dq)]
+    return [(0, *dq), (0, *dq), (len(plan.tiles) - 1, *forward)]
 
 
 @given(st.data())
@@ -43,13 +47,29 @@ def test_plans_cover_and_fit(core, data):
     assert 1 <= len(plan.tiles) <= (2 if problem.backward else 1)
 
     # Tiles: big enough for the contracted dim, in shared memory, and every column of Dc in exactly one slice.
-    for i, (dim_a, dim_c) in enumerate(jobs(problem)):
-        tile = plan.tiles[min(i // 2, len(plan.tiles) - 1)]
+    for launch, dim_a, dim_c in jobs(problem, plan):
+        tile = plan.tiles[launch]
         assert tile.tile_a >= dim_a and tile.chunk > 0
         assert math.ceil(dim_c / tile.slice) * tile.slice >= dim_c
         if plan.family == core.Family.sm80:
             shared = core.sm80_shared_bytes(tile.tile_a, tile.slice, tile.chunk, problem.slope_grad)
             assert shared <= device.shared_per_block
+        if plan.family == core.Family.sm90:
+            assert device.compute_capability == 90 and tile.chunk == 64
+            # Whole clusters, and where blocks take turns, no more than the GPU holds.
+            cluster, most = plan.clusters[launch], plan.max_blocks[launch]
+            assert cluster in (1, 2, 4) and most % cluster == 0 and most <= device.num_sms
+            assert problem.packed == (most == 0)
+    if plan.is_fused:  # dv's columns are dk's contracted ones: one slice is all of either
+        assert plan.tiles[0].slice >= problem.dim_k and plan.tiles[0].tile_a >= problem.dim_v
+    if plan.family == core.Family.sm90 and plan.num_segments > 1:
+        first, second = plan.state_tiles
+        assert (
+            first.tile_a * math.ceil((problem.dim_k if problem.backward else problem.dim_v) / 64) * 64
+            == (plan.state_floats[0])
+        )
+        if problem.backward and not plan.is_fused:
+            assert second.tile_a >= problem.dim_k and plan.state_floats[1] >= problem.dim_k * problem.dim_v
 
     # Segments: whole chunks, every token of every sequence in exactly one.
     assert plan.segment_len % 64 == 0 and plan.segment_len > 0
@@ -113,10 +133,11 @@ def test_any_problem_text_is_a_problem_or_a_sentence(core, text):
     "forced, sentence",
     [
         ("family=simt", "LA2_PLAN: family simt has no kernels for bf16, expected sm80"),
-        ("family=sm70", "LA2_PLAN: family is 'sm70', expected simt or sm80"),
+        ("family=sm70", "LA2_PLAN: family is 'sm70', expected simt, sm80 or sm90"),
         ("slice=96", "with slice 96"),
+        ("cluster=3", "LA2_PLAN: cluster is '3', expected 1, 2 or 4"),
         ("segments=0", "LA2_PLAN: segments is '0', expected a positive whole number"),
-        ("chunk=64", "LA2_PLAN: unknown key 'chunk', expected family, slice or segments"),
+        ("chunk=64", "LA2_PLAN: unknown key 'chunk', expected family, slice, segments or cluster"),
     ],
 )
 def test_forced_plans_that_cannot_be(core, forced, sentence):
@@ -129,6 +150,21 @@ def test_forced_plans_are_taken(core):
     problem, device = core.problem("1,8,4096,128,128,bf16"), core.device("sm_90x132")
     plan = core.plan(problem, device, "slice=128,segments=3")
     assert plan.tiles[0].slice == 128 and plan.num_segments == 3
+
+
+@pytest.mark.parametrize(
+    "problem, device, sentence",
+    [
+        ("1,8,4096,128,128,bf16", "sm_80x108", "runs on compute capability 9.0 alone, the GPU has 8.0"),
+        ("1,8,4096,128,128,fp32", "sm_90x132", "has kernels for bf16 and fp16 alone"),
+        ("1,8,4096,128,128,bf16,backward,dslope", "sm_90x132", "has no slope gradient, expected sm80"),
+    ],
+)
+def test_hopper_plans_that_cannot_be(core, problem, device, sentence):
+    with pytest.raises(ValueError) as caught:
+        core.plan(core.problem(problem), core.device(device), "family=sm90")
+    assert sentence in str(caught.value)
+    assert core.plan(core.problem(problem), core.device(device)).family != core.Family.sm90
 
 
 def test_old_devices_are_refused(core):
