@@ -18,7 +18,7 @@ constexpr Sm90Cost kTrilinear[] = {
     {128, 128, 1.38, 1.60, 0.64, 0.97}, {256, 64, 1.94, 2.60, 0.69, 1.58},
 };
 constexpr double kPair64 = 1.47, kPair128 = 3.19;  // dk and dv; one dim of 64 and one of 128: in between
-constexpr double kBusy = 0.2;                      // slower by this where every SM is at work: shared L2, lower clocks
+constexpr double kBusy = 0.15;                      // slower by this where every SM is at work: shared L2, lower clocks
 constexpr double kGBs = 3800;                      // 0.89 of what a copy moves
 constexpr double kFirstUs = 6.0;                   // launch, first copies, last stores
 constexpr double kNextUs = 2.0;                    // of one more kernel, which overlaps the one before
@@ -45,7 +45,7 @@ int64_t resident_blocks(const DeviceProps& device, int cluster) {
 
 // Of the state pass's chunks, the share that decay leaves something of: not known to the host, 1 without decay, little
 // with the slopes of most heads.
-constexpr double kWindowShare = 0.6;
+constexpr double kWindowShare = 0.35;
 
 // What blocks walk. Dense: items of equal length. Packed, lengths are known to the device alone: a sequence is taken to
 // have up to four times the mean.
@@ -82,7 +82,7 @@ double launch_us(const DeviceProps& device, const Walk& walk, int64_t width, int
   const double busy = std::min(1.0, items / resident);
   const double walking = std::max(steps, chunks) * chunk_us * (1 + kBusy * busy), copying = bytes / (kGBs * 1e3);
   // Not quite the longer of the two: where they are alike, each waits for the other now and then.
-  return std::sqrt(std::sqrt(std::pow(walking, 4) + std::pow(copying, 4)));
+  return std::pow(std::pow(walking, 8) + std::pow(copying, 8), 1.0 / 8);
 }
 
 }  // namespace

@@ -27,9 +27,22 @@ NAN = float("nan")
 GIB = 1 << 30
 
 
-def run(x):
-    """(out, final state, dq, dk, dv, dslope, dinitial state)"""
-    return *la2.forward_with_state(*x.args, **x.options), *la2.backward(*x.grads, *x.args, **x.options)
+def run(x, need_dslope=True):
+    """(out, final state, dq, dk, dv, dslope or None, dinitial state)"""
+    dq, dk, dv, dslope, dstate = la2.backward(*x.grads, *x.args, **x.options, need_dslope=need_dslope)
+    return *la2.forward_with_state(*x.args, **x.options), dq, dk, dv, dslope if need_dslope else None, dstate
+
+
+def families(dtype):
+    """The kernel families that this GPU has for a dtype. Hopper's has no slope gradient."""
+    if dtype not in HALVES:
+        return ("simt",)
+    return ("sm80", "sm90") if torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0) else ("sm80",)
+
+
+needs_hopper = pytest.mark.skipif(
+    "sm90" not in families(torch.bfloat16), reason="needs a GPU of compute capability 9.0 that torch can use"
+)
 
 
 def check(x, got=None):
@@ -90,6 +103,60 @@ def test_every_plan(monkeypatch, dtype, dims, size, segments):
     check(packed)
 
 
+HOPPER_DIMS = (*DIMS, (96, 96), (192, 192), (256, 256))
+
+
+@needs_hopper
+@pytest.mark.parametrize(
+    "plan", ("segments=1", "segments=2", "segments=3", "segments=7", "slice=64", "slice=64,cluster=1")
+)
+@pytest.mark.parametrize("dims", HOPPER_DIMS, ids=plan_id)
+@pytest.mark.parametrize("dtype", HALVES, ids=plan_id)
+def test_every_hopper_plan(monkeypatch, dtype, dims, plan):
+    """Dense and packed as above, and the portable kernels beside it on the same numbers."""
+    common = {"heads": 3, "key_dim": dims[0], "value_dim": dims[1], "dtype": dtype, "scale": 0.5}
+    dense = Case(batch=2, length=891, slope_per_seq=True, state_layout="vk", **common).make(CUDA)
+    dense.slope = torch.tensor([[0.0, 0.01, 0.3], [0.1, 0.02, 2.0]], dtype=dense.slope.dtype, device=CUDA)
+    packed = Case(lengths=(0, 130, 1, 0, 449, 64, 247), layout="bnhd", **common).make(CUDA)
+    packed.slope = torch.tensor([0.005, 0.05, 0.5], dtype=packed.slope.dtype, device=CUDA)
+    for x in (dense, packed):
+        monkeypatch.setenv("LA2_PLAN", f"family=sm90,{plan}")
+        got = run(x, need_dslope=False)
+        check(x, got)
+        assert_equal([t for t in run(x, need_dslope=False) if t is not None], [t for t in got if t is not None])
+        monkeypatch.setenv("LA2_PLAN", "family=sm80")
+        check(x, run(x, need_dslope=False))
+
+
+@needs_hopper
+def test_neighbours_of_packed_sequences_do_not_leak(monkeypatch):
+    """A chunk is copied whole: what stands behind the end of a sequence is its neighbour, here NaN and infinities."""
+    monkeypatch.setenv("LA2_PLAN", "family=sm90")
+    x = Case(heads=2, lengths=(70, 70, 70), key_dim=128, value_dim=128, dtype=BF16, state_layout=None).make(CUDA)
+    alone = x.replace(
+        cu_seqlens=torch.tensor([0, 70], dtype=torch.int32, device=CUDA),
+        **{n: getattr(x, n)[:, :, 70:140].clone() for n in ("q", "k", "v", "grad_out")},
+        grad_final_state=x.grad_final_state[1:2],
+    )
+    for t in (x.q, x.k, x.v, x.grad_out):
+        t[:, :, :70] = float("inf")
+        t[:, :, 140:] = NAN
+    got, want = run(x, need_dslope=False), run(alone, need_dslope=False)
+    for i in (0, 2, 3, 4):
+        assert torch.equal(got[i][:, :, 70:140], want[i]), i
+    assert torch.equal(got[1][1], want[1][0])
+
+
+@needs_hopper
+@pytest.mark.parametrize("segments", (2, 5))
+def test_windows_of_steep_heads(monkeypatch, segments):
+    """The state pass leaves out what has decayed under 2^-40; neighbouring heads decay from not at all to at once."""
+    monkeypatch.setenv("LA2_PLAN", f"family=sm90,segments={segments}")
+    x = Case(heads=6, length=4096, key_dim=128, value_dim=128, dtype=BF16).make(CUDA)
+    x.slope = torch.tensor([0.0, 1e-4, 0.01, 0.05, 0.5, 50.0], device=CUDA)
+    check(x, run(x, need_dslope=False))
+
+
 def test_forced_plans_are_taken(monkeypatch):
     """The workspace shows it: a state for each segment. A plan that cannot be says so."""
     x = Case(heads=4, length=7 * 128, key_dim=128, value_dim=128, dtype=BF16).make(CUDA)
@@ -103,6 +170,8 @@ def test_forced_plans_are_taken(monkeypatch):
         return torch.cuda.memory_stats()["requested_bytes.all.peak"] - before  # no rounding to blocks
 
     state = 4 * 128 * 128 * 4
+    if "sm90" in families(BF16):
+        assert peak("family=sm90,segments=7") - peak("family=sm90,segments=1") == 7 * state
     assert peak("segments=7") - peak("segments=1") == 7 * state
     assert peak("segments=3") - peak("segments=1") == 3 * state
     monkeypatch.setenv("LA2_PLAN", "family=simt")
@@ -203,14 +272,36 @@ NAMES = ("out", "dq", "dk", "dv")
 
 def four_results(x):
     out = la2.forward(*x.args, **x.options)
-    return dict(zip(NAMES, (out, *la2.backward(x.grad_out, None, *x.args, **x.options)[:3]), strict=True))
+    grads = la2.backward(x.grad_out, None, *x.args, **x.options, need_dslope=False)[:3]
+    return dict(zip(NAMES, (out, *grads), strict=True))
 
 
-def test_error_of_bfloat16():
+@pytest.mark.parametrize("family", families(BF16))
+def test_error_of_bfloat16(monkeypatch, family):
+    monkeypatch.setenv("LA2_PLAN", f"family={family}")
     x = silu_problem(BF16)
     truth, got = gradient_truth(x), four_results(x)
     errors = {name: relative_error(got[name], truth[name]) for name in NAMES}
     assert errors["out"] <= 1.9e-3 and all(errors[n] <= 2.1e-3 for n in NAMES[1:]), errors
+
+
+@needs_hopper
+def test_error_of_hopper_kernels(monkeypatch):
+    """Any head by itself, slopes over (0, 1), and the final state."""
+    monkeypatch.setenv("LA2_PLAN", "family=sm90")
+    x = silu_problem(BF16)
+    heads = [relative_error(a[:, h], b[:, h]) for a, b in _pairs(x) for h in range(8)]
+    assert max(heads) <= 2.4e-3, heads
+    x.slope = torch.linspace(0.05, 0.95, 8, device=CUDA)
+    errors = [relative_error(a, b) for a, b in _pairs(x)]
+    assert errors[0] <= 2.1e-3 and max(errors[1:]) <= 2.3e-3, errors
+    state = la2.forward_with_state(*x.args, **x.options)[1]
+    assert relative_error(state, gradient_truth(x)["final_state"]) <= 1e-3
+
+
+def _pairs(x):
+    truth, got = gradient_truth(x), four_results(x)
+    return [(got[name], truth[name]) for name in NAMES]
 
 
 def test_error_of_float32():
@@ -670,7 +761,7 @@ def moved_to_gpu(x):
 def test_tiny_prefill(monkeypatch, dtype, dims, size, segments):
     """out, gradients with and without the slope's; cut in two also the state pass and the combine pass. Two tokens
     stand behind the last whole chunk; the slope gradient is summed over sequences once, kept apart once."""
-    monkeypatch.setenv("LA2_PLAN", f"slice={size},segments={segments}")
+    monkeypatch.setenv("LA2_PLAN", f"family={FAMILY[dtype]},slice={size},segments={segments}")
     common = {"heads": 1, "key_dim": dims[0], "value_dim": dims[1], "dtype": dtype}
     for case in (
         Case(length=130, state_layout="vk", **common),
@@ -682,6 +773,27 @@ def test_tiny_prefill(monkeypatch, dtype, dims, size, segments):
         check(x, got)
         grads = la2.backward(*y.grads, *y.args, **y.options, need_dslope=False)
         check_backward(x, (*(t.cpu() for t in grads[:3]), None, grads[4].cpu()))
+
+
+HOPPER_TINY = [(BF16, dims) for dims in ((64, 64), (128, 128), (64, 128), (128, 64), (256, 256))]
+HOPPER_TINY += [(FP16, (128, 128))]
+
+
+@needs_hopper
+@pytest.mark.sanitize
+@pytest.mark.parametrize("plan", ("segments=1", "segments=3", "slice=64,segments=2"))
+@pytest.mark.parametrize("dtype, dims", HOPPER_TINY, ids=plan_id)
+def test_tiny_hopper_prefill(monkeypatch, dtype, dims, plan):
+    """The same for the Hopper kernels: every role, tails, packed neighbours, clusters, state and combine pass."""
+    monkeypatch.setenv("LA2_PLAN", f"family=sm90,{plan}")
+    common = {"heads": 1, "key_dim": dims[0], "value_dim": dims[1], "dtype": dtype}
+    for case in (
+        Case(length=194, state_layout="vk", **common),
+        Case(lengths=(67, 0, 130), slope_per_seq=True, layout="bnhd", **common),
+    ):
+        x = case.make("cpu")
+        got = run(moved_to_gpu(x), need_dslope=False)
+        check(x, [t if t is None else t.cpu() for t in got])
 
 
 @pytest.mark.sanitize
