@@ -11,6 +11,7 @@ only if everything ran and nothing failed.
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import datetime
 import importlib.metadata
 import json
@@ -237,7 +238,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", default="tests/results", help="folder of the results (default: tests/results)")
     for part in ("suite", "sanitizer", "bench"):
         parser.add_argument(f"--{part}", action="store_true")
-    parser.add_argument("--jobs", type=int, default=1, help="processes for the suite (pytest-xdist)")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="processes for the suite (pytest-xdist), sanitizers at once"
+    )
     parser.add_argument("paths", nargs="*", help=f"for pytest (default: {' '.join(SUITE)}, sanitizer: {SANITIZED})")
     arguments = parser.parse_args(argv)
     wants = {part for part in ("suite", "sanitizer", "bench") if getattr(arguments, part)} or {"suite", "sanitizer"}
@@ -262,9 +265,13 @@ def main(argv: list[str] | None = None) -> int:
         sanitizer = shutil.which("compute-sanitizer")
         if sanitizer is None:
             record["missing"] = "compute-sanitizer is not on PATH"
-        for tool in TOOLS if sanitizer else ():
-            record.setdefault("sanitizer", {})[tool] = run_tool(tool, sanitizer, arguments.paths or [SANITIZED])
-            write()
+        # They take the GPU in turns and need little of it.
+        with concurrent.futures.ThreadPoolExecutor(min(arguments.jobs, len(TOOLS))) as pool:
+            tools = TOOLS if sanitizer else ()
+            running = {pool.submit(run_tool, tool, sanitizer, arguments.paths or [SANITIZED]): tool for tool in tools}
+            for done in concurrent.futures.as_completed(running):
+                record.setdefault("sanitizer", {})[running[done]] = done.result()
+                write()
     if "bench" in wants:
         record["bench"] = run_bench()
     write()

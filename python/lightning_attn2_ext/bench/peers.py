@@ -7,8 +7,10 @@ softmax attention, which is another operator and is there for scale.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
+import os
 
 import torch
 from torch import Tensor
@@ -56,6 +58,10 @@ class Peer:
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         raise NotImplementedError
 
+    def backward(self, out: Tensor, leaves: list[Tensor], grad_out: Tensor) -> tuple[Tensor, ...]:
+        """The gradients alone; the graph stays."""
+        return torch.autograd.grad(out, leaves, grad_out, retain_graph=True)
+
     def packed(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
         """Forward over packed sequences with their final states ``[num_seqs, H, D, E]``."""
         raise NotImplementedError
@@ -88,6 +94,44 @@ class OursTokenMajor(Ours):
     def packed(self, q, k, v, cu_seqlens):
         out, state = super().packed(*(x.transpose(1, 2) for x in (q, k, v)), cu_seqlens)
         return out.transpose(1, 2), state
+
+
+class OursPortable(Ours):
+    """The kernels for every GPU from sm_80, on a GPU that has others."""
+
+    name = "la2 sm80 BHND"
+
+    def missing(self):
+        is_hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+        return None if is_hopper else "these are the only kernels for this GPU, and have their rows above"
+
+    @contextlib.contextmanager
+    def _forced(self):
+        before = os.environ.get("LA2_PLAN")
+        os.environ["LA2_PLAN"] = ",".join(["family=sm80", *([before] if before else [])])
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ["LA2_PLAN"]
+            else:
+                os.environ["LA2_PLAN"] = before
+
+    def forward(self, q, k, v):
+        with self._forced():
+            return super().forward(q, k, v)
+
+    def backward(self, out, leaves, grad_out):
+        with self._forced():
+            return super().backward(out, leaves, grad_out)
+
+    def packed(self, q, k, v, cu_seqlens):
+        with self._forced():
+            return super().packed(q, k, v, cu_seqlens)
+
+
+class OursPortableTokenMajor(OursPortable, OursTokenMajor):
+    name = "la2 sm80 BNHD"
 
 
 class LightningAttn(Peer):
@@ -148,4 +192,12 @@ class CudnnSoftmax(Peer):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
-PEERS: tuple[type[Peer], ...] = (Ours, OursTokenMajor, LightningAttn, Fla, CudnnSoftmax)
+PEERS: tuple[type[Peer], ...] = (
+    Ours,
+    OursTokenMajor,
+    OursPortable,
+    OursPortableTokenMajor,
+    LightningAttn,
+    Fla,
+    CudnnSoftmax,
+)
