@@ -96,18 +96,13 @@ __device__ __forceinline__ void gather(GatherStorage<Cfg>& smem, const Trilinear
     if (item.is_first && step == 0) load_state(z, job.initial, item, gatherer * 64, job.dim_a, cols, me);
     for (; step < item.num_chunks; ++step, ring.advance()) {
       const int rows = item.rows_of(item.chunk_at(step));
-      const GatherStage<Cfg>& stage = smem.stages[ring.stage];
-      const tile::ColumnsOperand<typename Cfg::TileA> b(shared_address(&stage.b));
+      const GatherStage<Cfg>& stage = smem.stages[ptx::uniform(ring.stage)];
       ptx::mbarrier_wait(shared_address(&smem.full[ring.stage]), ring.parity);
       uint32_t weighted[kChunk / 16][4], rest[kChunk / 16][4];
       weigh_columns<T, Cfg::kSplit>(weighted, rest, stage.c, gatherer, token_weights(powers, job.reverse, rows, me),
                                     update, me);
-      decay_state(z, powers.ascending()[rows]);
-      ptx::wgmma_fence();
-      issue_update<T, Cfg::kSplit>(z, weighted, rest, b);
-      ptx::wgmma_commit();
-      ptx::wgmma_wait<0>();
-      ptx::pin_registers(z);
+      constexpr int kAtOnce = Cfg::kSplit || Cfg::kTileA > 128 ? 32 : 64;
+      update_rows<T, Cfg::kSplit, kAtOnce>(z, weighted, rest, stage.b, powers.ascending()[rows]);
       release_stage(smem.empty[ring.stage], schedule.cluster, me.lane);
     }
     if (gatherer * 64 < cols) store_fragment(z, fragment_of<Cfg::kTileA>(job, item, item.unit, gatherer, me));

@@ -10,22 +10,30 @@ __device__ __forceinline__ void clear(Accumulators<kRegs>& z) {
 #pragma unroll
   for (int i = 0; i < kRegs; ++i) z[i] = 0.f;
 }
-template <int kRegs>
-__device__ __forceinline__ void decay_state(Accumulators<kRegs>& z, float lambda_rows) {
+// Z^T = lambda^C Z^T + (weighted c)^T b for 64 columns of c. The chunk is summed from zero: a tensor core cuts off what
+// it adds to a larger sum, always towards zero, and without decay a state grows from chunk to chunk; the addition to Z
+// rounds (../DESIGN.md). kAtOnce: accumulators of a sum, as the registers allow.
+template <class T, bool kSplit, int kAtOnce, class Tile, int kRegs>
+__device__ __forceinline__ void update_rows(Accumulators<kRegs>& z, const uint32_t (&weighted)[kChunk / 16][4],
+                                            const uint32_t (&rest)[kChunk / 16][4], const Tile& b_tile,
+                                            float lambda_rows) {
+  constexpr int kPart = kRegs < kAtOnce ? kRegs : kAtOnce;
 #pragma unroll
-  for (int i = 0; i < kRegs; ++i) z[i] *= lambda_rows;
-  ptx::pin_registers(z);
-}
-
-// Z^T += (weighted c)^T b for 64 columns of c, issued without fence and commit.
-template <class T, bool kSplit, int kRegs, class Tile>
-__device__ __forceinline__ void issue_update(Accumulators<kRegs>& z, const uint32_t (&weighted)[kChunk / 16][4],
-                                             const uint32_t (&rest)[kChunk / 16][4],
-                                             const tile::ColumnsOperand<Tile>& b) {
+  for (int part = 0; part < kRegs / kPart; ++part) {
+    const tile::ColumnsOperand<Tile> b(shared_address(&b_tile) + part * (kPart / 32) * Tile::kBlockBytes);
+    Accumulators<kPart> sum;
+    ptx::pin_registers(sum);
+    ptx::wgmma_fence();
 #pragma unroll
-  for (int k = 0; k < kChunk / 16; ++k) {
-    ptx::wgmma<T, ptx::Major::kMN>(z, weighted[k], b.step(k), 1);
-    if constexpr (kSplit) ptx::wgmma<T, ptx::Major::kMN>(z, rest[k], b.step(k), 1);
+    for (int k = 0; k < kChunk / 16; ++k) {
+      ptx::wgmma<T, ptx::Major::kMN>(sum, weighted[k], b.step(k), k != 0);
+      if constexpr (kSplit) ptx::wgmma<T, ptx::Major::kMN>(sum, rest[k], b.step(k), 1);
+    }
+    ptx::wgmma_commit();
+    ptx::wgmma_wait<0>();
+    ptx::pin_registers(sum);
+#pragma unroll
+    for (int i = 0; i < kPart; ++i) z[part * kPart + i] = fmaf(z[part * kPart + i], lambda_rows, sum[i]);
   }
 }
 

@@ -92,46 +92,23 @@ __device__ __forceinline__ void issue_inter(Accumulators<kRegs>& out, const Tile
 template <class Cfg>
 using StateAccumulators = float[Cfg::kSlice / 64][Cfg::kTileA / 2];
 
-// Z = lambda^rows Z + b^T diag(update lambda^n) c, as Z^T += (weighted c)^T b, in blocks of 64 columns of c. Where the
-// blocks go one by one, pause() comes before the last.
+// Z = lambda^rows Z + b^T diag(update lambda^n) c, as Z^T += (weighted c)^T b, in blocks of 64 columns of c. pause()
+// comes before the last of several.
 template <class Cfg, class Pause>
 __device__ __forceinline__ void update_state(StateAccumulators<Cfg>& z, const Stage<Cfg>& stage,
                                              const tile::Decay<kChunk>& powers, float factor, bool reverse, int rows,
                                              const WarpgroupLane& me, const Pause& pause) {
   using T = typename Cfg::T;
   constexpr int kBlocks = Cfg::kSlice / 64;
-  const tile::ColumnsOperand<typename Cfg::TileA> b(shared_address(&stage.b));
   const float* weights = token_weights(powers, reverse, rows, me);
   const float lambda_rows = powers.ascending()[rows];
-  if constexpr (Cfg::kSplitsValues && kBlocks > 1) {
-    // One after the other: both at once would need too many registers.
 #pragma unroll
-    for (int block = 0; block < kBlocks; ++block) {
-      uint32_t weighted[kChunk / 16][4], rest[kChunk / 16][4];
-      weigh_columns<T, true>(weighted, rest, stage.c, block, weights, factor, me);
-      if (block == kBlocks - 1) pause();
-      decay_state(z[block], lambda_rows);
-      ptx::wgmma_fence();
-      issue_update<T, true>(z[block], weighted, rest, b);
-      ptx::wgmma_commit();
-      ptx::wgmma_wait<0>();
-      ptx::pin_registers(z[block]);
-    }
-  } else {
-    uint32_t weighted[kBlocks][kChunk / 16][4], rest[kBlocks][kChunk / 16][4];
-#pragma unroll
-    for (int block = 0; block < kBlocks; ++block)
-      weigh_columns<T, Cfg::kSplitsValues>(weighted[block], rest[block], stage.c, block, weights, factor, me);
-#pragma unroll
-    for (int block = 0; block < kBlocks; ++block) decay_state(z[block], lambda_rows);
-    ptx::wgmma_fence();
-#pragma unroll
-    for (int block = 0; block < kBlocks; ++block)
-      issue_update<T, Cfg::kSplitsValues>(z[block], weighted[block], rest[block], b);
-    ptx::wgmma_commit();
-    ptx::wgmma_wait<0>();
-#pragma unroll
-    for (int block = 0; block < kBlocks; ++block) ptx::pin_registers(z[block]);
+  for (int block = 0; block < kBlocks; ++block) {
+    uint32_t weighted[kChunk / 16][4], rest[kChunk / 16][4];
+    weigh_columns<T, Cfg::kSplitsValues>(weighted, rest, stage.c, block, weights, factor, me);
+    if (kBlocks > 1 && block == kBlocks - 1) pause();
+    update_rows<T, Cfg::kSplitsValues, kBlocks * Cfg::kTileA <= 128 ? 64 : 32>(z[block], weighted, rest, stage.b,
+                                                                               lambda_rows);
   }
 }
 
@@ -450,6 +427,8 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
     ptx::tma_prefetch_map(&job_maps->c);
   }
   __syncthreads();
+  // What is launched behind dk and dv reads states as well, and does not wait for them itself.
+  if (Cfg::kBoth && reads_previous) ptx::wait_for_previous_kernel();
   ptx::launch_dependents();
   if (cluster > 1) ptx::cluster_sync();
 
