@@ -292,7 +292,8 @@ def test_error_of_hopper_kernels(monkeypatch):
     x = silu_problem(BF16)
     heads = [relative_error(a[:, h], b[:, h]) for a, b in _pairs(x) for h in range(8)]
     assert max(heads) <= 2.4e-3, heads
-    x.slope = torch.linspace(0.05, 0.95, 8, device=CUDA)
+    generator = torch.Generator().manual_seed(0)
+    x.slope = torch.rand(8, generator=generator).to(CUDA)
     errors = [relative_error(a, b) for a, b in _pairs(x)]
     assert errors[0] <= 2.1e-3 and max(errors[1:]) <= 2.3e-3, errors
     state = la2.forward_with_state(*x.args, **x.options)[1]
@@ -654,8 +655,11 @@ def test_misaligned_decode(dtype, state_layout):
     out = la2.decode(*(off_by_one(t) for t in tokens), moved, off_by_one(slope))
     want = la2.decode(*tokens, twin, slope)
     assert torch.equal(moved, twin)  # one multiply and one add an element: the order of sums is out's alone
-    eps = torch.finfo(dtype).eps
-    torch.testing.assert_close(out, want, rtol=4 * eps, atol=16 * torch.finfo(accumulation_dtype(dtype)).eps)
+    # Two orders of a sum of D products differ by no more than 2 D roundings of its terms, and once each in the result.
+    q = tokens[0].to(twin.dtype)
+    terms = torch.einsum("bhd,bhde->bhe", q.abs(), twin[: len(q)].abs())
+    limit = 2 * q.shape[-1] * torch.finfo(twin.dtype).eps * terms + torch.finfo(dtype).eps * want.abs()
+    assert ((out.to(twin.dtype) - want.to(twin.dtype)).abs() <= limit).all()
 
 
 @pytest.mark.parametrize("index_dtype", (torch.int32, torch.int64))
@@ -706,14 +710,21 @@ def test_out_of_memory_is_an_error_and_no_more(backward):
     torch.cuda.empty_cache()
     used = torch.cuda.memory_allocated()
     total = torch.cuda.get_device_properties(0).total_memory
-    # Forward: not even the first result fits. Backward: some do, and have to be given back.
-    room = (80 if backward else 1) << 20
-    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + room) / total)
+    result = x.q.numel() * x.q.element_size()
+    held = []
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 4 * result) / total)
     try:
+        # Until no result fits any more, also not between others. Backward: then room for two of its three.
+        with pytest.raises(torch.cuda.OutOfMemoryError):
+            while True:
+                held.append(torch.empty(result, dtype=torch.int8, device=CUDA))
+        if backward:
+            del held[-2:]
         with pytest.raises(RuntimeError):
             call()
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
+        held.clear()
     assert torch.cuda.memory_allocated() == used
     assert_equal([t.cpu() for t in call()], kept)
     assert torch.ones(3, device=CUDA).sum().item() == 3

@@ -249,37 +249,44 @@ __device__ __forceinline__ void add_scores_and_inter(typename Registers<Cfg>::Sc
   }
 }
 
-// Z = decay Z + sum_j weight_j b_j c_j^T  for one tile.
+// Z = decay Z + sum_j weight_j b_j c_j^T  for one tile. The sum starts from zero: added one by one to a state that has
+// grown, its terms would lose more.
 template <class Cfg>
 __device__ __forceinline__ void update_state(typename Registers<Cfg>::StateTile& z, typename Cfg::T decay,
                                              const SharedStorage<Cfg>& shared, int stage, int parity,
                                              const ThreadCoord& me) {
   using T = typename Cfg::T;
+  // With more than one tile of state there are registers for one part of the sums at a time.
+  constexpr int kAtOnce = Cfg::kTiles > 1 ? 1 : Cfg::kStateVecs;
 #pragma unroll
-  for (int n = 0; n < Cfg::kStateVecs; ++n) {
-#pragma unroll
-    for (int w = 0; w < Cfg::kVec; ++w) {
-#pragma unroll
-      for (int e = 0; e < Cfg::kVec; ++e) z[n][w][e] *= decay;
-    }
-  }
+  for (int part = 0; part < Cfg::kStateVecs; part += kAtOnce) {
+    T sum[kAtOnce][Cfg::kVec][Cfg::kVec] = {};
 #pragma unroll 2
-  for (int first = 0; first < kChunk; first += Cfg::kVec) {
-    const Vec<T> weight = load_vec(&shared.update_weight[first]);
+    for (int first = 0; first < kChunk; first += Cfg::kVec) {
+      const Vec<T> weight = load_vec(&shared.update_weight[first]);
 #pragma unroll
-    for (int i = 0; i < Cfg::kVec; ++i) {
-      const int j = first + i;
-      Vec<T> c = load_vec(&shared.c[parity][j][me.col * Cfg::kVec]);
+      for (int i = 0; i < Cfg::kVec; ++i) {
+        const int j = first + i;
+        Vec<T> c = load_vec(&shared.c[parity][j][me.col * Cfg::kVec]);
 #pragma unroll
-      for (int e = 0; e < Cfg::kVec; ++e) c.x[e] *= weight.x[i];
+        for (int e = 0; e < Cfg::kVec; ++e) c.x[e] *= weight.x[i];
 #pragma unroll
-      for (int n = 0; n < Cfg::kStateVecs; ++n) {
-        const Vec<T> b = load_vec(&shared.b[stage][j][(me.row + n * Cfg::kRowThreads) * Cfg::kVec]);
+        for (int n = 0; n < kAtOnce; ++n) {
+          const Vec<T> b = load_vec(&shared.b[stage][j][(me.row + (part + n) * Cfg::kRowThreads) * Cfg::kVec]);
 #pragma unroll
-        for (int w = 0; w < Cfg::kVec; ++w) {
+          for (int w = 0; w < Cfg::kVec; ++w) {
 #pragma unroll
-          for (int e = 0; e < Cfg::kVec; ++e) z[n][w][e] += b.x[w] * c.x[e];
+            for (int e = 0; e < Cfg::kVec; ++e) sum[n][w][e] += b.x[w] * c.x[e];
+          }
         }
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < kAtOnce; ++n) {
+#pragma unroll
+      for (int w = 0; w < Cfg::kVec; ++w) {
+#pragma unroll
+        for (int e = 0; e < Cfg::kVec; ++e) z[part + n][w][e] = decay * z[part + n][w][e] + sum[n][w][e];
       }
     }
   }
