@@ -19,6 +19,7 @@ struct Problem {
   int64_t num_seqs = 1;                      // = batch when dense
   bool packed = false;                       // cu_seqlens given: the lengths are known to the device alone
   bool slope_grad = false;
+  bool mappable = true;  // the copy engine's tensor maps can describe the operands: no stride of 0, none of 2^40 bytes
 };
 
 struct DeviceProps {

@@ -18,7 +18,7 @@ constexpr Sm90Cost kTrilinear[] = {
     {128, 128, 1.38, 1.60, 0.64, 0.97}, {256, 64, 1.94, 2.60, 0.69, 1.58},
 };
 constexpr double kPair64 = 1.47, kPair128 = 3.19;  // dk and dv; one dim of 64 and one of 128: in between
-constexpr double kBusy = 0.15;                      // slower by this where every SM is at work: shared L2, lower clocks
+constexpr double kBusy = 0.15;                     // slower by this where every SM is at work: shared L2, lower clocks
 constexpr double kGBs = 3800;                      // 0.89 of what a copy moves
 constexpr double kFirstUs = 6.0;                   // launch, first copies, last stores
 constexpr double kNextUs = 2.0;                    // of one more kernel, which overlaps the one before
@@ -96,6 +96,8 @@ Status plan_sm90(const Problem& p, const DeviceProps& device, const Forced& forc
   if (p.dtype != DType::kBFloat16 && p.dtype != DType::kFloat16)
     return Status::error("LA2_PLAN: family sm90 has kernels for bf16 and fp16 alone");
   if (p.slope_grad) return Status::error("LA2_PLAN: family sm90 has no slope gradient, expected sm80");
+
+  if (!p.mappable) return Status::error("LA2_PLAN: family sm90 takes no operand with a stride of 0 or 2^40 bytes");
 
   const double rows = static_cast<double>(p.batch * p.heads * p.length) * kBytes;
   const bool is_fused = p.backward && p.dim_k <= 128 && p.dim_v <= 128;

@@ -55,11 +55,28 @@ class Device {
   cudaStream_t stream_ = nullptr;
 };
 
-Plan plan_for(const Attention& args, bool backward, bool slope_grad, const Device& device) {
+// What csrc/core/plan.h calls mappable, of one operand.
+bool is_mappable(const Tensor& t) {
+  constexpr int64_t kEndOfStrides = int64_t{1} << 40;  // bytes
+  bool mappable = true;
+  for (int64_t i = 0; i + 1 < t.dim(); ++i)
+    mappable = mappable && (t.size(i) <= 1 || (t.stride(i) > 0 && t.stride(i) < kEndOfStrides / 2));
+  return mappable;
+}
+
+Plan plan_for(const Attention& args, bool backward, bool slope_grad, bool mappable, const Device& device) {
   const Sizes& s = args.sizes;
-  const Problem problem{
-      backward,  args.dtype, s.batch, s.heads, s.length, s.dim_k, s.dim_v, s.num_seqs, args.cu_seqlens.has_value(),
-      slope_grad};
+  const Problem problem{backward,
+                        args.dtype,
+                        s.batch,
+                        s.heads,
+                        s.length,
+                        s.dim_k,
+                        s.dim_v,
+                        s.num_seqs,
+                        args.cu_seqlens.has_value(),
+                        slope_grad,
+                        mappable && is_mappable(args.q) && is_mappable(args.k) && is_mappable(args.v)};
   const char* forced = std::getenv("LA2_PLAN");
   Plan plan;
   const Status status = make_plan(problem, device.props(), forced ? forced : "", &plan);
@@ -142,7 +159,7 @@ MutableState transposed(const MutableState& s) { return {s.data, s.stride_s, s.s
 
 void run_forward(const Attention& args, const Tensor& out, const Tensor* final_state) {
   const Device device(args.op, args.q);
-  const Plan plan = plan_for(args, false, false, device);
+  const Plan plan = plan_for(args, false, false, true, device);
   TrilinearParams params = common_params(args, plan);
   const Tensor local = empty_local_states(args, plan, 0, args.sizes.dim_k, args.sizes.dim_v);
   params.num_jobs = 1;
@@ -200,7 +217,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_o
   Tensor dslope = empty_contiguous(q, dslope_sizes, args.accumulation);
 
   const Device device(args.op, args.q);
-  const Plan plan = plan_for(args, true, wants_dslope, device);
+  const Plan plan = plan_for(args, true, wants_dslope, is_mappable(grad_rows), device);
   TrilinearParams params = common_params(args, plan);
   const Tensor local_dq = empty_local_states(args, plan, 0, s.dim_v, s.dim_k);
   const Tensor local_dk = empty_local_states(args, plan, 0, s.dim_v, s.dim_k);

@@ -56,7 +56,8 @@ PYBIND11_MODULE(la2_core, m) {
       .def_readwrite("dim_v", &la2::Problem::dim_v)
       .def_readwrite("num_seqs", &la2::Problem::num_seqs)
       .def_readwrite("packed", &la2::Problem::packed)
-      .def_readwrite("slope_grad", &la2::Problem::slope_grad);
+      .def_readwrite("slope_grad", &la2::Problem::slope_grad)
+      .def_readwrite("mappable", &la2::Problem::mappable);
   py::class_<la2::DeviceProps>(m, "DeviceProps")
       .def(py::init<>())
       .def_readwrite("compute_capability", &la2::DeviceProps::compute_capability)

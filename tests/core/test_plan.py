@@ -167,6 +167,13 @@ def test_hopper_plans_that_cannot_be(core, problem, device, sentence):
     assert core.plan(core.problem(problem), core.device(device)).family != core.Family.sm90
 
 
+def test_operands_without_tensor_maps_take_portable_kernels(core):
+    problem, device = core.problem("1,8,4096,128,128,bf16"), core.device("sm_90x132")
+    assert core.plan(problem, device).family == core.Family.sm90
+    problem.mappable = False
+    assert core.plan(problem, device).family == core.Family.sm80
+
+
 def test_old_devices_are_refused(core):
     with pytest.raises(ValueError, match="compute capability 7.5, expected 8.0 or later"):
         core.plan(core.problem("1,8,4096,128,128,bf16"), core.device("sm_75x40"))

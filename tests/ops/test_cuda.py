@@ -147,6 +147,14 @@ def test_neighbours_of_packed_sequences_do_not_leak(monkeypatch):
     assert torch.equal(got[1][1], want[1][0])
 
 
+@pytest.mark.parametrize("expanded", ("k", "v", "grad_out"))
+def test_expanded_operands(expanded):
+    """One head's rows for all heads: a stride of 0, which the copy engine's maps do not promise to take."""
+    x = Case(heads=4, batch=2, length=200, key_dim=128, value_dim=128, dtype=BF16).make(CUDA)
+    setattr(x, expanded, getattr(x, expanded)[:, :1].expand(-1, 4, -1, -1))
+    check(x, run(x, need_dslope=False))
+
+
 @needs_hopper
 @pytest.mark.parametrize("segments", (2, 5))
 def test_windows_of_steep_heads(monkeypatch, segments):

@@ -54,7 +54,8 @@ def test_info_plan():
     line = info.plan_line("1,64,8192,128,128,bf16", "sm_90x132")
     if line == "no plan: this build has no la2_plan_line":
         pytest.skip(line)
-    assert "sm_90x132" in line and "sm80" in line
+    assert "sm_90x132" in line and "sm90" in line
+    assert "sm80" in info.plan_line("1,64,8192,128,128,bf16", "sm_80x108")
     assert info.plan_line("1,64,8192,100,128,bf16", "sm_90x132").startswith("no plan: ")
     done = command("info", "--plan", "1,8,512,64,64,fp32", "--device", "sm_80x108")
     assert done.returncode == 0 and "simt" in done.stdout
