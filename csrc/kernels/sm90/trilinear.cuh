@@ -233,7 +233,7 @@ __device__ __forceinline__ void write_outputs(SharedStorage<Cfg>& smem, const Tr
       if (!has_next) release_stage(smem.empty[stage], schedule.cluster, me.lane);
     }
   }
-  if (me.lane == 0) ptx::tma_store_wait();
+  if (ptx::elect_one()) ptx::tma_store_wait();  // the lane that committed them
 }
 
 // The outputs of both jobs, in turns: while one is scaled, masked or stored, the tensor core has the other.
@@ -325,7 +325,7 @@ __device__ __forceinline__ void write_both_outputs(SharedStorage<Cfg>& smem, con
       if (!has_next) release_stage(smem.empty[stage_idx], schedule.cluster, me.lane);
     }
   }
-  if (me.lane == 0) ptx::tma_store_wait();
+  if (ptx::elect_one()) ptx::tma_store_wait();  // the lane that committed them
 }
 
 // Z = lambda^C Z + b^T diag(w) c, chunk by chunk, and before each chunk its rounded copy for the outputs.
