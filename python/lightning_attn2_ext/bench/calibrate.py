@@ -42,10 +42,13 @@ def kernel_times(call, repeats: int) -> dict[str, list[float]]:
         for _ in range(repeats):
             call()
             torch.cuda.synchronize()
-    times = defaultdict(list)
-    for event in recorded.events():
-        if event.device_type.name == "CUDA" and "la2_" in event.name:
-            times[event.name.split("(la2")[0].replace("void ", "")].append(event.time_range.elapsed_us())
+    kernels = [e for e in recorded.events() if e.device_type.name == "CUDA" and "la2_" in e.name]
+    times, free_at = defaultdict(list), 0.0
+    for event in sorted(kernels, key=lambda e: e.time_range.start):
+        # A kernel that was let in before the one before it was done has waited for that one: its own time begins then.
+        begin = max(event.time_range.start, free_at)
+        free_at = max(free_at, event.time_range.end)
+        times[event.name.split("(la2")[0].replace("void ", "")].append(event.time_range.end - begin)
     return times
 
 
