@@ -300,8 +300,7 @@ def test_error_of_hopper_kernels(monkeypatch):
     x = silu_problem(BF16)
     heads = [relative_error(a[:, h], b[:, h]) for a, b in _pairs(x) for h in range(8)]
     assert max(heads) <= 2.4e-3, heads
-    generator = torch.Generator().manual_seed(0)
-    x.slope = torch.rand(8, generator=generator).to(CUDA)
+    x.slope = torch.linspace(0.05, 0.95, 8, device=CUDA)
     errors = [relative_error(a, b) for a, b in _pairs(x)]
     assert errors[0] <= 2.1e-3 and max(errors[1:]) <= 2.3e-3, errors
     state = la2.forward_with_state(*x.args, **x.options)[1]
