@@ -8,7 +8,9 @@ namespace {
 
 constexpr int kChunk = 64;
 
-// Microseconds a chunk of one block takes on its SM while others idle, on one H200 (`bench calibrate`).
+// Microseconds a chunk of one block takes on its SM while others idle, on one H200 (`bench calibrate`). Not measured
+// but set between what is: the gradients but for tile 64, slice 64, whose time has the wait for dk and dv in it, and
+// the split state pass of tile 128, slice 64.
 struct Sm90Cost {
   int tile_a, slice;
   double out, gradient, state_only, state_only_split;

@@ -20,10 +20,6 @@ __device__ __forceinline__ void registers_acquire() {
 __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
-// Arrives without waiting.
-__device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
 
 // A value that all lanes have, in a form that the compiler knows it from: descriptors made of it stay in uniform
 // registers, from where wgmma takes them.

@@ -25,10 +25,6 @@ struct Instance {
   bool split, both;
 };
 
-// Floats of one head's state in job.local, which this family fills in an order of its own (stride_s and stride_h
-// count). The first segment's local state contains the initial one.
-constexpr int64_t state_floats(int tile_a, int64_t dim_c) { return tile_a * ((dim_c + 63) / 64 * 64); }
-
 struct LaunchOptions {
   int cluster = 1;              // slices of one head side by side in a cluster, which share the copies of a and b
   int64_t max_blocks = 0;       // of a job; a block takes every max_blocks-th item. 0: a block for each item

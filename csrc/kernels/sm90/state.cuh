@@ -75,7 +75,7 @@ __device__ __forceinline__ void store_state(Accumulators<kRegs>& z, const Mutabl
 }
 
 // A state between segments stays in the order of the registers, 16 bytes a lane: of a unit and head, blocks of 64
-// columns of Dc (state_floats in launch.h). Where this lane's part of a block begins, of what leaves `unit`.
+// columns of Dc (the planner's state_floats). Where this lane's part of a block begins, of what leaves `unit`.
 template <int kTileA>
 __device__ __forceinline__ float4* fragment_of(const TrilinearJob& job, const Item& item, int unit, int block,
                                                const WarpgroupLane& me) {

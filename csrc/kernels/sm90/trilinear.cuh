@@ -373,6 +373,7 @@ __device__ __forceinline__ void carry_state(SharedStorage<Cfg>& smem, const Tril
 
       ptx::mbarrier_wait(shared_address(&smem.full[ring.stage]), ring.parity);
       if (step + 1 < item.num_chunks || wants_state)
+        // The outputs' products with Z go first where the tensor core is short: theirs is the longer way.
         update_state<Cfg>(
             z, smem.stages[stage], smem.powers, update, reverse, item.rows_of(item.chunk_at(step)), me,
             [&] { ptx::mbarrier_wait(shared_address(&smem.state_empty[state_ring.stage]), state_ring.parity ^ 1); });
