@@ -123,9 +123,11 @@ def run_tool(tool: str, sanitizer: str, paths: Sequence[str]) -> dict:
     options = ["--tool", tool, "--target-processes", "all", "--error-exitcode", "99", "--print-limit", "20"]
     if tool == "memcheck":
         options += ["--padding", "32"]  # else a neighbour's memory hides an overrun
+    # initcheck does not see what the copy engine stores: to it every result of the Hopper kernels is uninitialised.
+    chosen = ["-k", "not hopper"] if tool == "initcheck" else []
     # torch's caching allocator hides the ends and the age of allocations from these two.
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if tool in ("memcheck", "initcheck") else {}
-    command = pytest_command("-m", "sanitize", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *paths)
+    command = pytest_command("-m", "sanitize", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *chosen, *paths)
     status, text, seconds = run([sanitizer, *options, *command], **environment)
     return judge_tool(tool, status, text) | {"seconds": round(seconds, 1)}
 

@@ -30,6 +30,13 @@ __device__ __forceinline__ void tma_load_multicast(uint32_t shared, const CUtens
       : "memory");
 }
 
+// One thread copies `bytes` that lie together in global memory, a multiple of 16 at a multiple of 16.
+__device__ __forceinline__ void tma_load_bytes(uint32_t shared, const void* global, uint32_t bytes, uint32_t barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared),
+               "l"(global), "r"(bytes), "r"(barrier)
+               : "memory");
+}
+
 // One thread stores a box; elements outside of the tensor are left out. Whoever wrote the shared memory has passed
 // fence_proxy_async before the barrier that precedes this.
 __device__ __forceinline__ void tma_store(const CUtensorMap* map, uint32_t shared, TmaBox box) {

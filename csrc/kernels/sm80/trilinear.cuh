@@ -137,8 +137,8 @@ __device__ __forceinline__ void scores(SharedStorage<Cfg>& smem, int stage, floa
     }
 }
 
-// fp16 ends at 65504 and a state may not. The power of two that brings the largest |Z| of the warp under 2^14,
-// and its inverse; 1 and 1 for bf16, which has float32's range.
+// fp16 ends at 65504 above and loses digits from 2^-14 on below; a state does not. The power of two that brings the
+// largest |Z| of the warp to [2^13, 2^14), and its inverse; 1 and 1 for bf16, which has float32's range.
 template <class Cfg>
 __device__ __forceinline__ float2 operand_range(const StateFragment<Cfg>& z) {
   if constexpr (sizeof(typename Cfg::T) != 2 || !std::is_same<typename Cfg::T, __half>::value) return {1.f, 1.f};
@@ -150,7 +150,7 @@ __device__ __forceinline__ float2 operand_range(const StateFragment<Cfg>& z) {
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, step));
   const int exponent = static_cast<int>(__float_as_uint(largest) >> 23) - 127;
-  const int shift = exponent >= 14 && exponent < 127 ? exponent - 13 : 0;
+  const int shift = exponent > -100 && exponent < 127 ? exponent - 13 : 0;
   return {__uint_as_float(static_cast<uint32_t>(127 - shift) << 23),
           __uint_as_float(static_cast<uint32_t>(127 + shift) << 23)};
 }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../ptx/ldmatrix.cuh"
+#include "../ptx/mma.cuh"
 #include "../ptx/stmatrix.cuh"
 #include "../ptx/wgmma.cuh"
 #include "../tile/decay.cuh"
@@ -48,19 +49,29 @@ struct Weights {
   }
 };
 
-// The scores under the mask M_ij = lambda^|i-j| (causal side), times intra, as A operand.
-template <class T>
-__device__ __forceinline__ void mask_scores(uint32_t (&masked)[kChunk / 16][4], const Accumulators<kChunk / 2>& p,
-                                            const Weights& weights, const WarpgroupLane& me) {
+// The scores under the mask M_ij = lambda^|i-j| (causal side), times intra, as A operand. kSplit: `diagonal` is what
+// the rounding left of the warp's own 16x16 block on the diagonal, where the steep slopes have nearly all of their
+// weight.
+template <class T, bool kSplit>
+__device__ __forceinline__ void mask_scores(uint32_t (&masked)[kChunk / 16][4], uint32_t (&diagonal)[kSplit ? 4 : 1],
+                                            const Accumulators<kChunk / 2>& p, const Weights& weights,
+                                            const WarpgroupLane& me) {
   const float* mask = weights.mask() + (me.warp * 16 + me.group - me.pair * 2);
+  float2 own[4] = {};
 #pragma unroll
   for (int n = 0; n < kChunk / 8; ++n)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int x = 8 * half - 8 * n;
-      masked[n / 2][2 * (n % 2) + half] =
-          tile::pack<T>(p[4 * n + 2 * half] * mask[x], p[4 * n + 2 * half + 1] * mask[x - 1]);
+      const int x = 8 * half - 8 * n, i = 2 * (n % 2) + half;
+      const float2 score = {p[4 * n + 2 * half] * mask[x], p[4 * n + 2 * half + 1] * mask[x - 1]};
+      masked[n / 2][i] = tile::pack<T>(score.x, score.y);
+      if (kSplit) own[i] = {n / 2 == me.warp ? score.x : own[i].x, n / 2 == me.warp ? score.y : own[i].y};
     }
+  if constexpr (kSplit) {
+    uint32_t rounded;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) tile::split_pair<T>(own[i].x, own[i].y, rounded, diagonal[i]);
+  }
 }
 
 template <int kRegs>
@@ -79,6 +90,21 @@ __device__ __forceinline__ void issue_intra(Accumulators<Tile::kCols / 2>& out,
 #pragma unroll
   for (int k = 0; k < kChunk / 16; ++k) ptx::wgmma<T, ptx::Major::kMN>(out, masked[k], c.step(k), 1);
   ptx::wgmma_commit();
+}
+
+// out [16 rows of this warp, kCols] += diagonal c.
+template <class T, class Tile>
+__device__ __forceinline__ void add_diagonal(Accumulators<Tile::kCols / 2>& out, const uint32_t (&diagonal)[4],
+                                             const Tile& c_tile) {
+  const int thread = ptx::opaque(threadIdx.x % 128);  // anew each time: the loop has no registers to keep it
+  const auto values = tile::swizzled_rows_first<Tile>(shared_address(&c_tile), thread / 32 * 16, 0, thread % 32);
+#pragma unroll
+  for (int g = 0; g < Tile::kCols / 16; ++g) {
+    uint32_t c[4];
+    ptx::ldmatrix_x4_trans(c, values.at(0, 2 * g));
+    ptx::mma<T>(*reinterpret_cast<float (*)[4]>(&out[8 * g]), diagonal, c[0], c[1]);
+    ptx::mma<T>(*reinterpret_cast<float (*)[4]>(&out[8 * g + 4]), diagonal, c[2], c[3]);
+  }
 }
 
 // Accumulators of 16 rows of this warp, times `factor`, rounded to rows `row`.. of a tile in shared memory; with kParts
@@ -170,10 +196,11 @@ __device__ __forceinline__ float row_weight(const Weights& weights, bool reverse
   return weights.row[reverse ? max(rows - 1 - row, 0) : row + 1];
 }
 
-// fp16 ends at 65504 and a state may not: the power of two that brings `largest` under 2^14.
+// fp16 ends at 65504 above and loses digits from 2^-14 on below; a state does not: the power of two that brings
+// `largest` to [2^13, 2^14).
 __device__ __forceinline__ int range_exponent(float largest) {
   const int exponent = static_cast<int>(__float_as_uint(largest) >> 23) - 127;
-  return exponent >= 14 && exponent < 127 ? exponent - 13 : 0;
+  return exponent > -100 && exponent < 127 ? exponent - 13 : 0;
 }
 __device__ __forceinline__ float power_of_two(int exponent) {
   return __uint_as_float(static_cast<uint32_t>(127 + exponent) << 23);

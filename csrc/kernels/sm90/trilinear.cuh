@@ -199,8 +199,8 @@ __device__ __forceinline__ void write_outputs(SharedStorage<Cfg>& smem, const Tr
       Accumulators<Cfg::kSlice / 2> out;
       ptx::mbarrier_wait(shared_address(&smem.state_full[state]), state_ring.parity);
       issue_inter<T, tile::RowsOperand>(out, smem.stages[stage].a, smem.state[state]);
-      uint32_t masked[kChunk / 16][4];
-      mask_scores<T>(masked, scores, smem.weights, me);
+      uint32_t masked[kChunk / 16][4], diagonal[Cfg::kSplit ? 4 : 1];
+      mask_scores<T, Cfg::kSplit>(masked, diagonal, scores, smem.weights, me);
       const int row = me.warp * 16 + me.group;
       float upper = row_weight(smem.weights, reverse, rows, row),
             lower = row_weight(smem.weights, reverse, rows, row + 8);
@@ -214,6 +214,7 @@ __device__ __forceinline__ void write_outputs(SharedStorage<Cfg>& smem, const Tr
       if (me.lane == 0) ptx::mbarrier_arrive(shared_address(&smem.state_empty[state]));
       state_ring.advance();
       scale_rows(out, upper, lower);
+      if constexpr (Cfg::kSplit) add_diagonal<T>(out, diagonal, smem.stages[stage].c);
       issue_intra<T>(out, masked, smem.stages[stage].c);
 
       // Behind the last chunk the scores are computed once more, unused: products in flight across a branch would be
@@ -244,7 +245,7 @@ __device__ __forceinline__ void write_both_outputs(SharedStorage<Cfg>& smem, con
   const TrilinearJob &first = p.jobs[0], &second = p.jobs[1];
   const Schedule schedule(first, Cfg::kSlice);
   const WarpgroupLane me;
-  const bool reverse = first.reverse;
+  constexpr bool reverse = true;  // the pair is dk and dv
   const bool is_packed = p.cu_seqlens.data != nullptr;
   const float inter = static_cast<float>(first.inter), intra = static_cast<float>(first.intra);
   Ring<Cfg::kStages> ring;
@@ -258,7 +259,7 @@ __device__ __forceinline__ void write_both_outputs(SharedStorage<Cfg>& smem, con
                       128);
     ptx::named_barrier_sync(kOutputWarps, 128);
 
-    uint32_t masked[kChunk / 16][4], second_masked[kChunk / 16][4];
+    uint32_t masked[kChunk / 16][4], second_masked[kChunk / 16][4], diagonal[4], second_diagonal[4];
     {
       Accumulators<kChunk / 2> scores, second_scores;
       ptx::mbarrier_wait(shared_address(&smem.full[ring.stage]), ring.parity);
@@ -268,8 +269,8 @@ __device__ __forceinline__ void write_both_outputs(SharedStorage<Cfg>& smem, con
       ptx::wgmma_wait<0>();
       ptx::pin_registers(scores);
       ptx::pin_registers(second_scores);
-      mask_scores<T>(masked, scores, smem.weights, me);
-      mask_scores<T>(second_masked, second_scores, smem.weights, me);
+      mask_scores<T, true>(masked, diagonal, scores, smem.weights, me);
+      mask_scores<T, true>(second_masked, second_diagonal, second_scores, smem.weights, me);
     }
     for (int step = 0; step < item.num_chunks; ++step) {
       const int chunk = item.chunk_at(step), rows = item.rows_of(chunk);
@@ -290,6 +291,7 @@ __device__ __forceinline__ void write_both_outputs(SharedStorage<Cfg>& smem, con
       ptx::wgmma_wait<1>();
       ptx::pin_registers(out);
       scale_rows(out, upper, lower);
+      add_diagonal<T>(out, diagonal, stage.c);
       issue_intra<T>(out, masked, stage.c);
       ptx::wgmma_wait<1>();
       ptx::pin_registers(second_out);
@@ -312,16 +314,17 @@ __device__ __forceinline__ void write_both_outputs(SharedStorage<Cfg>& smem, con
       store_out<T>(smem.out, out, maps[0].out, first, item, chunk, is_packed, me);
       ptx::wgmma_wait<1>();
       ptx::pin_registers(second_out);
+      add_diagonal<T>(second_out, second_diagonal, stage.b);
       if (has_next) release_stage(smem.empty[stage_idx], schedule.cluster, me.lane);
       Accumulators<kChunk / 2> second_scores;
       issue_scores<T>(second_scores, next.second_a[0], next.c);
       store_out<T>(smem.second_out, second_out, maps[1].out, second, item, chunk, is_packed, me);
       ptx::wgmma_wait<1>();
       ptx::pin_registers(scores);
-      mask_scores<T>(masked, scores, smem.weights, me);
+      mask_scores<T, true>(masked, diagonal, scores, smem.weights, me);
       ptx::wgmma_wait<0>();
       ptx::pin_registers(second_scores);
-      mask_scores<T>(second_masked, second_scores, smem.weights, me);
+      mask_scores<T, true>(second_masked, second_diagonal, second_scores, smem.weights, me);
       if (!has_next) release_stage(smem.empty[stage_idx], schedule.cluster, me.lane);
     }
   }
@@ -449,7 +452,7 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
     carry_state<Cfg>(smem, p, job, reads_previous);
   }
   // A block may not go while others of its cluster still copy to it or arrive at its barriers.
-  if (cluster > 1) ptx::cluster_sync();
+  if (ptx::cluster_size() > 1) ptx::cluster_sync();
   // Whoever waits for this kernel has thereby waited for the one that it overlaps.
   ptx::wait_for_previous_kernel();
 }

@@ -119,28 +119,27 @@ __device__ __forceinline__ void load_tile_shared(uint32_t tile, const CUtensorMa
                             static_cast<uint16_t>((1 << cluster) - 1));
 }
 
-// One warp zeroes rows [rows, 64): behind the end of a packed sequence stands the next one.
+__device__ static const uint4 kZeros[kChunk * 128 / 16] = {};  // a block of 64 rows
+
+// Zeros to rows [rows, 64) of a tile, by the copy engine: behind the end of a packed sequence stands the next one.
 template <class Tile>
-__device__ __forceinline__ void clear_rows(uint32_t tile, int rows, int lane) {
-  for (int row = rows; row < Tile::kRows; ++row)
-    for (int unit = lane; unit < Tile::kCols / 8; unit += 32) {
-      const uint32_t to = tile + (unit >> 3) * Tile::kBlockBytes + row * 128 + (unit & 7) * 16;
-      *static_cast<uint4*>(__cvta_shared_to_generic(to)) = {0, 0, 0, 0};
-    }
+__device__ __forceinline__ void clear_rows(uint32_t tile, int rows, uint32_t barrier) {
+#pragma unroll
+  for (int block = 0; block < Tile::kBlocks; ++block)
+    ptx::tma_load_bytes(tile + block * Tile::kBlockBytes + rows * 128, kZeros, (kChunk - rows) * 128, barrier);
 }
 
-// A chunk whose copy announced itself at `arrived` has no more than `rows` rows: clears the rest of what is summed over
-// tokens, then says so at `full`. One warp.
+// A chunk whose copy announced itself at `arrived` has no more than `rows` rows: the rest of what is summed over tokens
+// is cleared, which arrives at `full`. One warp.
 template <class TileB, class TileC>
 __device__ __forceinline__ void clear_tail(TileB& b, TileC& c, int rows, uint32_t arrived, uint32_t full,
                                            uint32_t& parity, int lane) {
   ptx::mbarrier_wait(arrived, parity);
   parity ^= 1;
-  clear_rows<TileB>(shared_address(&b), rows, lane);
-  clear_rows<TileC>(shared_address(&c), rows, lane);
-  ptx::fence_proxy_async();
-  __syncwarp();
-  if (lane == 0) ptx::mbarrier_arrive(full);
+  if (lane != 0) return;
+  ptx::mbarrier_arrive_expect(full, (TileB::kBlocks + TileC::kBlocks) * (kChunk - rows) * 128);
+  clear_rows<TileB>(shared_address(&b), rows, full);
+  clear_rows<TileC>(shared_address(&c), rows, full);
 }
 
 // Bytes of a row-strided matrix's 16 rows of this warp from their place in `tile`, rows < `rows` and columns < `cols`.
