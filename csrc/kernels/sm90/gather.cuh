@@ -101,8 +101,12 @@ __device__ __forceinline__ void gather(GatherStorage<Cfg>& smem, const Trilinear
       uint32_t weighted[kChunk / 16][4], rest[kChunk / 16][4];
       weigh_columns<T, Cfg::kSplit>(weighted, rest, stage.c, gatherer, token_weights(powers, job.reverse, rows, me),
                                     update, me);
-      constexpr int kAtOnce = Cfg::kSplit || Cfg::kTileA > 128 ? 32 : 64;
+      constexpr int kAtOnce = Cfg::kSplit || Cfg::kTileA > 64 ? 32 : 64;
       update_rows<T, Cfg::kSplit, kAtOnce>(z, weighted, rest, stage.b, powers.ascending()[rows]);
+      if constexpr (!Cfg::kSplit)
+        if (job.final.data != nullptr)
+          update_rows_by_rest<T, kAtOnce>(z, stage.b, stage.c, gatherer, token_weights(powers, job.reverse, rows, me),
+                                     update, me);
       release_stage(smem.empty[ring.stage], schedule.cluster, me.lane);
     }
     if (gatherer * 64 < cols) store_fragment(z, fragment_of<Cfg::kTileA>(job, item, item.unit, gatherer, me));

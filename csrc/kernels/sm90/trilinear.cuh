@@ -93,13 +93,13 @@ template <class Cfg>
 using StateAccumulators = float[Cfg::kSlice / 64][Cfg::kTileA / 2];
 
 // Z = lambda^rows Z + b^T diag(update lambda^n) c, as Z^T += (weighted c)^T b, in blocks of 64 columns of c. pause()
-// comes before the last of several.
+// comes before the last of several. is_result: without the error of rounding the weighted c.
 template <class Cfg, class Pause>
 __device__ __forceinline__ void update_state(StateAccumulators<Cfg>& z, const Stage<Cfg>& stage,
                                              const tile::Decay<kChunk>& powers, float factor, bool reverse, int rows,
-                                             const WarpgroupLane& me, const Pause& pause) {
+                                             bool is_result, const WarpgroupLane& me, const Pause& pause) {
   using T = typename Cfg::T;
-  constexpr int kBlocks = Cfg::kSlice / 64;
+  constexpr int kBlocks = Cfg::kSlice / 64, kAtOnce = kBlocks * Cfg::kTileA <= 128 ? 64 : 32;
   const float* weights = token_weights(powers, reverse, rows, me);
   const float lambda_rows = powers.ascending()[rows];
 #pragma unroll
@@ -107,8 +107,9 @@ __device__ __forceinline__ void update_state(StateAccumulators<Cfg>& z, const St
     uint32_t weighted[kChunk / 16][4], rest[kChunk / 16][4];
     weigh_columns<T, Cfg::kSplitsValues>(weighted, rest, stage.c, block, weights, factor, me);
     if (kBlocks > 1 && block == kBlocks - 1) pause();
-    update_rows<T, Cfg::kSplitsValues, kBlocks * Cfg::kTileA <= 128 ? 64 : 32>(z[block], weighted, rest, stage.b,
-                                                                               lambda_rows);
+    update_rows<T, Cfg::kSplitsValues, kAtOnce>(z[block], weighted, rest, stage.b, lambda_rows);
+    if constexpr (!Cfg::kSplit)
+      if (is_result) update_rows_by_rest<T, kAtOnce>(z[block], stage.b, stage.c, block, weights, factor, me);
   }
 }
 
@@ -378,7 +379,8 @@ __device__ __forceinline__ void carry_state(SharedStorage<Cfg>& smem, const Tril
       if (step + 1 < item.num_chunks || wants_state)
         // The outputs' products with Z go first where the tensor core is short: theirs is the longer way.
         update_state<Cfg>(
-            z, smem.stages[stage], smem.powers, update, reverse, item.rows_of(item.chunk_at(step)), me,
+            z, smem.stages[stage], smem.powers, update, reverse, item.rows_of(item.chunk_at(step)),
+            job.final.data != nullptr, me,
             [&] { ptx::mbarrier_wait(shared_address(&smem.state_empty[state_ring.stage]), state_ring.parity ^ 1); });
       release_stage(smem.empty[ring.stage], schedule.cluster, me.lane);
     }
