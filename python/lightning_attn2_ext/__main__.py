@@ -12,6 +12,7 @@ _USAGE = """usage: python -m lightning_attn2_ext <command> [options]
   check       test this installation on every device and dtype
   bench cpu   time the operators on the CPU beside softmax attention
   bench ops   time the operators on a CUDA device beside other packages
+  bench map   the fastest other package against this one over heads and lengths
   bench scale time context parallelism on several processes, and model more of them
 
 and, on a CPU or a GPU, with tables, JSON and plots:
@@ -34,6 +35,7 @@ _COMMANDS = {
     ("check",): "check",
     ("bench", "cpu"): "bench.cpu",
     ("bench", "ops"): "bench.ops",
+    ("bench", "map"): "bench.map",
     ("bench", "calibrate"): "bench.calibrate",
     **{("bench", name): f"bench.{name}" for name in _TABLES},
     ("bench", "scale"): "bench.scale",
