@@ -49,7 +49,7 @@ struct Plan {
   int64_t local_states = 0;        // of [H, D, E] in the workspace (0: one segment)
   int64_t dot_floats = 0;          // slope gradient: elements of the workspace for dq's and dk's dots
   // The state pass before launch 0 (jobs dq and dk, whose states dv shares) and, sm90 without is_fused, before
-  // launch 1.
+  // launch 1. Forward: also of a state pass for snapshots, whether sequences are cut or not.
   Tile state_tiles[2];
   int state_clusters[2] = {1, 1};
   int64_t state_floats[2] = {0, 0};  // sm90: of one head's state, in the family's own order (0: [D, E])

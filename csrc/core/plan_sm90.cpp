@@ -143,16 +143,21 @@ Status plan_sm90(const Problem& p, const DeviceProps& device, const Forced& forc
         if (slice == 128 || !add(0, p.dim_v, p.dim_k, slice, 2) || !add(1, p.dim_k, p.dim_v, slice, 1)) continue;
         us += kNextUs;
       }
+      auto choose_state_tile = [&](int launch, int64_t dim_a, int64_t dim_c) {
+        const int tile_a = tile_a_for(dim_a), slice_c = dim_c <= 64 || tile_a > 128 ? 64 : 128;
+        candidate.state_tiles[launch] = {tile_a, slice_c, kChunk};
+        candidate.state_clusters[launch] = cluster_for(ceil_div(dim_c, slice_c), forced);
+      };
+      if (!p.backward) choose_state_tile(0, p.dim_k, p.dim_v);  // also for snapshots, where nothing is cut
       if (cut) {
         us += kNextUs + (candidate.num_segments > 2 ? kCombineUs : 0);
         auto add_states = [&](int launch, int64_t dim_a, int64_t dim_c, int jobs) {
-          const int tile_a = tile_a_for(dim_a), slice_c = dim_c <= 64 || tile_a > 128 ? 64 : 128;
-          const int64_t slices = ceil_div(dim_c, slice_c);
-          const int cluster = cluster_for(slices, forced);
-          candidate.state_tiles[launch] = {tile_a, slice_c, kChunk};
-          candidate.state_clusters[launch] = cluster;
-          candidate.state_floats[launch] = tile_a * ceil_div(dim_c, 64) * 64;
-          const Sm90Cost& cost = *find(tile_a, slice_c);
+          choose_state_tile(launch, dim_a, dim_c);
+          const Tile& tile = candidate.state_tiles[launch];
+          const int64_t slices = ceil_div(dim_c, tile.slice);
+          const int cluster = candidate.state_clusters[launch];
+          candidate.state_floats[launch] = tile.tile_a * ceil_div(dim_c, 64) * 64;
+          const Sm90Cost& cost = *find(tile.tile_a, tile.slice);
           const double bytes = rows * jobs * walk.cut_share * static_cast<double>(dim_a + dim_c);
           us += kWindowShare * launch_us(device, walk, slices * jobs, cluster, walk.cut_share,
                                          p.backward ? cost.state_only_split : cost.state_only, bytes);

@@ -23,13 +23,19 @@ struct MutableRows {
 
 // A [num_seqs, H, D, E] state in the accumulation dtype (float64 for float64 inputs, else float32), any
 // strides, so that a transposed (VK) pool needs no copy. data == nullptr: absent.
+// A pool [slots, H, D, E] of them: sequence i uses slots[i]; a negative one reads as zero and is not written.
+// is_bf16 (of float32 states alone): in memory as bfloat16, rounded once when it is written.
 struct State {
   const void* data;
   int64_t stride_s, stride_h, stride_d, stride_e;
+  const int64_t* slots = nullptr;
+  bool is_bf16 = false;
 };
 struct MutableState {
   void* data;
   int64_t stride_s, stride_h, stride_d, stride_e;
+  const int64_t* slots = nullptr;
+  bool is_bf16 = false;
 };
 
 // Slopes s >= 0, [num_seqs, H] in the accumulation dtype; stride_s == 0 for a shared [H] slope.
@@ -96,6 +102,33 @@ struct DecodeParams {
   Slopes slope;               // [H] or [rows, H]
   const void* state_indices;  // [rows] or nullptr
   bool indices_are_int64;
+  double scale;
+};
+
+// int32 or int64 numbers; data == nullptr: not given.
+struct Indices {
+  const void* data;
+  bool is_int64;
+};
+
+// Packed new tokens of many requests against a pool of states. Request r is tokens [cu_seqlens[r], cu_seqlens[r + 1]),
+// from slot read_slots[r] (not given: r; zero where has_initial_state[r] is false) to write_slots[r] (not given:
+// read_slots[r]). A slot outside [0, slots) reads as zero and is not written; where both are, the request is padding
+// and its output rows are zero, as are those behind the last request. Snapshots snapshot_offsets[r], ... ,
+// snapshot_offsets[r + 1] - 1 of request r: the state behind its first snapshot_tokens[m] tokens to snapshot_slots[m].
+struct ExtendParams {
+  int64_t tokens, requests, heads, dim_k, dim_v, slots, snapshots;
+  DType dtype;
+  Rows q, k;           // [tokens, H, D]: stride_n is the token stride, stride_b unused
+  Rows v;              // [tokens, H, E]
+  MutableRows out;     // [tokens, H, E]
+  MutableState state;  // [slots, H, D, E], accumulation dtype or bfloat16
+  Slopes slope;        // [H] or [requests, H]
+  Indices cu_seqlens;  // [requests + 1]
+  Indices read_slots, write_slots;
+  const bool* has_initial_state;
+  Indices snapshot_offsets;                 // [requests + 1]
+  Indices snapshot_tokens, snapshot_slots;  // [snapshots]
   double scale;
 };
 

@@ -48,6 +48,15 @@ struct TrilinearJob {
   void* dots;  // [num_chunk_slots, H, num_slices, 3]
 };
 
+// A unit that is told, not counted (TrilinearParams::units): a segment of the rows [seq_begin, seq_begin + seq_length)
+// of batch row 0.
+struct UnitEntry {
+  int64_t seq_begin, seq_length;
+  int32_t sequence, state;  // whose slope; which state (or entry of State::slots)
+  int32_t segment;          // -1: no unit, and none behind it
+  int32_t unused;
+};
+
 struct TrilinearParams {
   TrilinearJob jobs[kMaxJobs];
   int32_t num_jobs;
@@ -65,6 +74,9 @@ struct TrilinearParams {
   // the first segment's state has the initial one in it, so that the combine pass need not know it. That pass leaves at
   // a unit the state that leaves it (and enters the next one).
   int64_t local_floats;
+  const UnitEntry* units;  // [num_units], packed sequences: this table says what is where, not cu_seqlens
+  // The state pass walks whole sequences (one segment each) from job.initial to job.final, and makes no outputs.
+  bool states_alone;
 };
 
 // Chunk slots of the slope gradient's dots: the chunks of a sequence that starts at token `start` are

@@ -154,6 +154,25 @@ void check_offsets(const char* op, const Int* offsets, int64_t num_seqs, int64_t
 
 bool is_index(const Tensor& t) { return t.scalar_type() == ScalarType::Int || t.scalar_type() == ScalarType::Long; }
 
+// A contiguous int32 or int64 [size]; size -1: any.
+OptTensor check_indices(const char* op, const char* name, const OptTensor& t, DeviceType device, const Tensor& q,
+                        int64_t size, const char* want) {
+  if (!t) return {};
+  check_device(op, name, *t, device, q);
+  if (!is_index(*t)) fail(op, ": ", name, ".dtype is ", dtype_name(t->scalar_type()), ", expected int32 or int64");
+  if (t->dim() != 1 || (size >= 0 && t->size(0) != size))
+    fail(op, ": ", name, " has shape ", shape_text(*t), ", expected ", want);
+  return t->is_contiguous() ? *t : torch::stable::contiguous(*t);
+}
+
+Indices indices(const OptTensor& t) {
+  if (!t) return {nullptr, false};
+  return {t->const_data_ptr(), t->scalar_type() == ScalarType::Long};
+}
+
+// [tokens, H, dim] as the rows of one batch row.
+Rows token_rows(const Tensor& t) { return {t.const_data_ptr(), 0, t.stride(1), t.stride(0)}; }
+
 }  // namespace
 
 Attention check_attention(const char* op, DeviceType device, const Tensor& q, const Tensor& k, const Tensor& v,
@@ -274,6 +293,159 @@ Decode check_decode(DeviceType device, const Tensor& q, const Tensor& k, const T
   p.state_indices = args.state_indices ? args.state_indices->const_data_ptr() : nullptr;
   p.indices_are_int64 = args.state_indices && args.state_indices->scalar_type() == ScalarType::Long;
   return args;
+}
+
+Extend check_extend(DeviceType device, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& state,
+                    const Tensor& cu_seqlens, const OptTensor& slope, const OptTensor& read_slots,
+                    const OptTensor& write_slots, const OptTensor& has_initial_state, const OptTensor& snapshot_offsets,
+                    const OptTensor& snapshot_tokens, const OptTensor& snapshot_slots, double scale) {
+  const char* op = "la2::extend";
+  check_qkv(op, device, q, k, v, 3);
+  Extend args;
+  Attention& a = args.attention;
+  ExtendParams& p = args.params;
+  a.op = op;
+  a.scale = p.scale = scale;
+  a.dtype = p.dtype = kernel_dtype(op, q.scalar_type());
+  a.accumulation = a.dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
+  a.q = readable_rows(q);
+  a.k = readable_rows(k);
+  a.v = readable_rows(v);
+
+  a.cu_seqlens = check_indices(op, "cu_seqlens", cu_seqlens, device, q, -1, "[number of requests + 1]");
+  if (a.cu_seqlens->size(0) < 1)
+    fail(op, ": cu_seqlens has shape ", shape_text(cu_seqlens), ", expected [number of requests + 1]");
+  p.tokens = q.size(0);
+  p.requests = cu_seqlens.size(0) - 1;
+  p.heads = q.size(1);
+  p.dim_k = q.size(2);
+  p.dim_v = v.size(2);
+  a.sizes = {1, p.heads, p.tokens, p.dim_k, p.dim_v, p.requests};
+
+  check_device(op, "state", state, device, q);
+  const bool is_bf16 = a.accumulation == ScalarType::Float && state.scalar_type() == ScalarType::BFloat16;
+  if (!is_bf16 && state.scalar_type() != a.accumulation)
+    fail(op, ": state.dtype is ", dtype_name(state.scalar_type()), ", expected ",
+         a.accumulation == ScalarType::Double ? "float64 for float64 inputs" : "float32 or bfloat16");
+  if (state.dim() != 4 || state.size(1) != p.heads || state.size(2) != p.dim_k || state.size(3) != p.dim_v)
+    fail(op, ": state has shape ", shape_text(state), ", expected [slots, ", p.heads, ", ", p.dim_k, ", ", p.dim_v,
+         "] (slots, heads, key dim, value dim)");
+  for (int64_t i = 0; i < 4; ++i)
+    if (state.stride(i) == 0 && state.size(i) > 1)
+      fail(op, ": state.stride(", i, ") is 0, expected every element of an updated state to have its own memory");
+  args.state = state;
+  p.slots = state.size(0);
+  p.state = mutable_state(state);
+  p.state.is_bf16 = is_bf16;
+
+  const std::string per_request = "[" + std::to_string(p.requests) + "], one for each request";
+  args.read_slots = check_indices(op, "read_slots", read_slots, device, q, p.requests, per_request.c_str());
+  args.write_slots = check_indices(op, "write_slots", write_slots, device, q, p.requests, per_request.c_str());
+  if (!read_slots && p.slots < p.requests)
+    fail(op, ": state.shape[0] is ", p.slots, ", expected at least ", p.requests,
+         " (one state for each request; pass read_slots where they are elsewhere)");
+  if (has_initial_state) {
+    check_device(op, "has_initial_state", *has_initial_state, device, q);
+    check_dtype(op, "has_initial_state", *has_initial_state, ScalarType::Bool, "");
+    if (has_initial_state->dim() != 1 || has_initial_state->size(0) != p.requests)
+      fail(op, ": has_initial_state has shape ", shape_text(*has_initial_state), ", expected ", per_request);
+    args.has_initial_state =
+        has_initial_state->is_contiguous() ? *has_initial_state : torch::stable::contiguous(*has_initial_state);
+  }
+  const int given = snapshot_offsets.has_value() + snapshot_tokens.has_value() + snapshot_slots.has_value();
+  if (given != 0 && given != 3)
+    fail(op, ": ",
+         !snapshot_offsets  ? "snapshot_offsets"
+         : !snapshot_tokens ? "snapshot_tokens"
+                            : "snapshot_slots",
+         " is None, expected snapshot_offsets, snapshot_tokens and snapshot_slots together");
+  const std::string ends = "[" + std::to_string(p.requests + 1) + "], one for each request and one more";
+  args.snapshot_offsets =
+      check_indices(op, "snapshot_offsets", snapshot_offsets, device, q, p.requests + 1, ends.c_str());
+  args.snapshot_tokens = check_indices(op, "snapshot_tokens", snapshot_tokens, device, q, -1, "[number of snapshots]");
+  p.snapshots = args.snapshot_tokens ? args.snapshot_tokens->size(0) : 0;
+  const std::string per_snapshot = "[" + std::to_string(p.snapshots) + "] as snapshot_tokens";
+  args.snapshot_slots =
+      check_indices(op, "snapshot_slots", snapshot_slots, device, q, p.snapshots, per_snapshot.c_str());
+  if (slope) {
+    check_slope(op, device, *slope, q, p.requests, p.heads, a.accumulation);
+    a.slope = slope;
+  }
+
+  p.q = token_rows(a.q);
+  p.k = token_rows(a.k);
+  p.v = token_rows(a.v);
+  p.slope = slopes(a.slope);
+  p.cu_seqlens = indices(a.cu_seqlens);
+  p.read_slots = indices(args.read_slots);
+  p.write_slots = indices(args.write_slots);
+  p.has_initial_state =
+      args.has_initial_state ? static_cast<const bool*>(args.has_initial_state->const_data_ptr()) : nullptr;
+  p.snapshot_offsets = indices(args.snapshot_offsets);
+  p.snapshot_tokens = indices(args.snapshot_tokens);
+  p.snapshot_slots = indices(args.snapshot_slots);
+  return args;
+}
+
+void check_extend_numbers(const ExtendParams& p) {
+  const char* op = "la2::extend";
+  auto at = [](const Indices& indices, int64_t i) -> int64_t {
+    return indices.is_int64 ? static_cast<const int64_t*>(indices.data)[i]
+                            : static_cast<const int32_t*>(indices.data)[i];
+  };
+  auto check_ascending = [&](const char* name, const Indices& offsets, int64_t most, const char* what) {
+    if (at(offsets, 0) != 0) fail(op, ": ", name, "[0] is ", at(offsets, 0), ", expected 0");
+    for (int64_t r = 0; r < p.requests; ++r)
+      if (at(offsets, r + 1) < at(offsets, r))
+        fail(op, ": ", name, "[", r + 1, "] is ", at(offsets, r + 1), ", expected at least ", name, "[", r,
+             "] = ", at(offsets, r));
+    if (at(offsets, p.requests) > most)
+      fail(op, ": ", name, "[-1] is ", at(offsets, p.requests), ", expected at most the number of ", what, ", ", most);
+  };
+  const Indices& write_slots = p.write_slots.data != nullptr ? p.write_slots : p.read_slots;
+  const char* const write_name = p.write_slots.data != nullptr ? "write_slots" : "read_slots";
+  auto slot_at = [&](const char* name, const Indices& slots, int64_t i) {
+    const int64_t slot = slots.data != nullptr ? at(slots, i) : i;
+    if (slot >= p.slots)
+      fail(op, ": ", name, "[", i, "] is ", slot, ", expected less than the ", p.slots, " slots of state");
+    return slot;
+  };
+  // Who writes a slot: nobody (-1), request i, snapshot i - requests.
+  std::vector<int64_t> writers(static_cast<size_t>(p.slots), -1);
+  auto text_of = [&](int64_t writer) {
+    const bool is_snapshot = writer >= p.requests;
+    return std::string(is_snapshot ? "snapshot_slots" : write_name) + '[' +
+           std::to_string(is_snapshot ? writer - p.requests : writer) + ']';
+  };
+  auto note_writer = [&](int64_t slot, int64_t writer) {
+    if (slot < 0) return;
+    int64_t& noted = writers[static_cast<size_t>(slot)];
+    if (noted >= 0) fail(op, ": ", text_of(writer), " is ", slot, ", expected another slot than ", text_of(noted));
+    noted = writer;
+  };
+
+  check_ascending("cu_seqlens", p.cu_seqlens, p.tokens, "tokens");
+  for (int64_t r = 0; r < p.requests; ++r) note_writer(slot_at(write_name, write_slots, r), r);
+  if (p.snapshot_offsets.data != nullptr) {
+    check_ascending("snapshot_offsets", p.snapshot_offsets, p.snapshots, "snapshots");
+    for (int64_t r = 0; r < p.requests; ++r) {
+      const int64_t length = at(p.cu_seqlens, r + 1) - at(p.cu_seqlens, r);
+      for (int64_t m = at(p.snapshot_offsets, r); m < at(p.snapshot_offsets, r + 1); ++m) {
+        const int64_t count = at(p.snapshot_tokens, m);
+        if (count < 0 || count > length)
+          fail(op, ": snapshot_tokens[", m, "] is ", count, ", expected 0 to ", length, ", the tokens of request ", r);
+        note_writer(slot_at("snapshot_slots", p.snapshot_slots, m), p.requests + m);
+      }
+    }
+  }
+  for (int64_t r = 0; r < p.requests; ++r) {
+    const int64_t slot = slot_at("read_slots", p.read_slots, r);
+    if (slot < 0 || (p.has_initial_state != nullptr && !p.has_initial_state[r])) continue;
+    const int64_t writer = writers[static_cast<size_t>(slot)];
+    if (writer >= 0 && writer != r)
+      fail(op, ": read_slots[", r, "] is ", slot, ", expected a slot that no other writes, as ", text_of(writer),
+           " does");
+  }
 }
 
 Rows rows(const Tensor& t) { return {t.const_data_ptr(), t.stride(0), t.stride(1), t.stride(2)}; }

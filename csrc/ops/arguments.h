@@ -42,6 +42,23 @@ struct Decode {
 Decode check_decode(DeviceType device, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& state,
                     const OptTensor& slope, const OptTensor& state_indices, double scale);
 
+// What la2::extend is asked to do. The tensors are here to outlive the call.
+struct Extend {
+  Attention attention;  // q, k [tokens, H, D], v [tokens, H, E]; no initial state; batch 1, length `tokens`
+  Tensor state;         // [slots, H, D, E], updated in place
+  OptTensor read_slots, write_slots, has_initial_state, snapshot_offsets, snapshot_tokens, snapshot_slots;
+  ExtendParams params;  // everything but `out`
+};
+
+Extend check_extend(DeviceType device, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& state,
+                    const Tensor& cu_seqlens, const OptTensor& slope, const OptTensor& read_slots,
+                    const OptTensor& write_slots, const OptTensor& has_initial_state, const OptTensor& snapshot_offsets,
+                    const OptTensor& snapshot_tokens, const OptTensor& snapshot_slots, double scale);
+
+// The numbers behind cu_seqlens, slots and snapshots, which the host can read: they are in range and in order, and no
+// two requests or snapshots write the same slot.
+void check_extend_numbers(const ExtendParams& params);
+
 // Views of tensors as the kernels see them.
 Rows rows(const Tensor& t);
 MutableRows mutable_rows(const Tensor& t);

@@ -120,6 +120,20 @@ Tensor decode(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& s
   return out;
 }
 
+Tensor extend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& state, const Tensor& cu_seqlens,
+              const OptTensor& slope, const OptTensor& read_slots, const OptTensor& write_slots,
+              const OptTensor& has_initial_state, const OptTensor& snapshot_offsets, const OptTensor& snapshot_tokens,
+              const OptTensor& snapshot_slots, double scale) {
+  Extend args = check_extend(kDevice, q, k, v, state, cu_seqlens, slope, read_slots, write_slots, has_initial_state,
+                             snapshot_offsets, snapshot_tokens, snapshot_slots, scale);
+  ExtendParams& p = args.params;
+  check_extend_numbers(p);
+  Tensor out = empty_contiguous(q, {p.tokens, p.heads, p.dim_v}, q.scalar_type());
+  p.out = {out.mutable_data_ptr(), 0, out.stride(1), out.stride(0)};
+  check_memory(args.attention.op, cpu::kernels().extend(p, torch_threads()));
+  return out;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(la2, CPU, m) {
@@ -127,6 +141,7 @@ STABLE_TORCH_LIBRARY_IMPL(la2, CPU, m) {
   m.impl("forward_with_state", TORCH_BOX(&forward_with_state));
   m.impl("backward", TORCH_BOX(&backward));
   m.impl("decode", TORCH_BOX(&decode));
+  m.impl("extend", TORCH_BOX(&extend));
 }
 
 }  // namespace la2::ops

@@ -1,9 +1,11 @@
 // The operators on CUDA: check -> unpack -> plan -> allocate -> launch -> raise.
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <cstdlib>
 
 #include "../core/plan.h"
+#include "../kernels/simt/extend.h"
 #include "../kernels/simt/launch.h"
 #include "../kernels/sm80/launch.h"
 #include "../kernels/sm90/launch.h"
@@ -95,7 +97,8 @@ void launch(const Attention& args, const Plan& plan, int which, const TrilinearP
     options.max_blocks = plan.max_blocks[which];
     // Behind the combine pass, whose states it reads; the second launch behind the first, of which it needs nothing and
     // which has waited for the combine pass.
-    options.overlaps = params.is_cut || which > 0;
+    // Behind the short requests of an extend, whose rows and slots are others.
+    options.overlaps = params.is_cut || which > 0 || params.units != nullptr;
     options.reads_previous = params.is_cut && (which == 0 || !plan.is_fused);
     const bool both = plan.is_fused && which == 0;
     error = sm90::launch_trilinear(params, {args.dtype, tile.tile_a, tile.slice, gradients, both}, options, stream);
@@ -107,15 +110,12 @@ void launch(const Attention& args, const Plan& plan, int which, const TrilinearP
   check_cuda(args.op, "launching the kernel", error);
 }
 
-// Where sequences are cut: the states that enter each segment in the jobs of launch `which`, from the state pass and
-// its combination.
-void enter_segments(const Attention& args, const Plan& plan, int which, TrilinearParams& params, bool gradients,
-                    cudaStream_t stream) {
-  if (!params.is_cut) return;
+// The state pass for the jobs of launch `which`.
+void launch_states(const Attention& args, const Plan& plan, int which, const TrilinearParams& params, bool gradients,
+                   cudaStream_t stream) {
   const Tile& tile = plan.state_tiles[which];
   cudaError_t error;
   if (plan.family == Family::kSm90) {
-    params.local_floats = plan.state_floats[which];
     sm90::LaunchOptions options;
     options.cluster = plan.state_clusters[which];
     options.state_only = true;
@@ -126,6 +126,15 @@ void enter_segments(const Attention& args, const Plan& plan, int which, Trilinea
     error = simt::launch_state_pass(params, args.dtype, stream);
   }
   check_cuda(args.op, "launching the state pass", error);
+}
+
+// Where sequences are cut: the states that enter each segment in the jobs of launch `which`, from the state pass and
+// its combination.
+void enter_segments(const Attention& args, const Plan& plan, int which, TrilinearParams& params, bool gradients,
+                    cudaStream_t stream) {
+  if (!params.is_cut) return;
+  if (plan.family == Family::kSm90) params.local_floats = plan.state_floats[which];
+  launch_states(args, plan, which, params, gradients, stream);
   // Of two segments the second one is entered by what leaves the first.
   if (plan.family == Family::kSm90 && plan.num_segments == 2) return;
   check_cuda(args.op, "launching the combine pass",
@@ -323,6 +332,149 @@ Tensor decode(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& s
   return out;
 }
 
+// ---- extend
+
+// With LA2_CHECK=1 what the device alone knows is fetched, which waits for it, and checked as on the CPU.
+void check_numbers(ExtendParams p, cudaStream_t stream) {
+  const char* wanted = std::getenv("LA2_CHECK");
+  if (wanted == nullptr || std::string(wanted) != "1") return;
+  std::vector<std::vector<char>> copies;
+  auto fetch = [&](const void* from, int64_t bytes) -> const void* {
+    if (from == nullptr) return nullptr;
+    std::vector<char>& copy = copies.emplace_back(static_cast<size_t>(std::max<int64_t>(bytes, 1)));
+    check_cuda("la2::extend", "reading what LA2_CHECK=1 checks",
+               cudaMemcpyAsync(copy.data(), from, static_cast<size_t>(bytes), cudaMemcpyDeviceToHost, stream));
+    return copy.data();
+  };
+  auto fetch_indices = [&](Indices& indices, int64_t count) {
+    indices.data = fetch(indices.data, count * (indices.is_int64 ? 8 : 4));
+  };
+  fetch_indices(p.cu_seqlens, p.requests + 1);
+  fetch_indices(p.read_slots, p.requests);
+  fetch_indices(p.write_slots, p.requests);
+  fetch_indices(p.snapshot_offsets, p.requests + 1);
+  fetch_indices(p.snapshot_tokens, p.snapshots);
+  fetch_indices(p.snapshot_slots, p.snapshots);
+  p.has_initial_state = static_cast<const bool*>(fetch(p.has_initial_state, p.requests));
+  check_cuda("la2::extend", "reading what LA2_CHECK=1 checks", cudaStreamSynchronize(stream));
+  check_extend_numbers(p);
+}
+
+// int64 elements of device memory for the tables.
+constexpr int64_t kUnitEntry = sizeof(UnitEntry) / sizeof(int64_t);
+int64_t table_elements(const ExtendParams& p, const Plan& plan) {
+  return 5 * p.requests + kUnitEntry * plan.num_units + (kUnitEntry + 2) * p.snapshots;
+}
+
+simt::ExtendTables extend_tables(const Tensor& memory, const ExtendParams& p, const Plan& plan) {
+  int64_t* next = static_cast<int64_t*>(memory.mutable_data_ptr());
+  auto take = [&](int64_t count) {
+    int64_t* const taken = next;
+    next += count;
+    return taken;
+  };
+  simt::ExtendTables tables{};
+  tables.units = reinterpret_cast<UnitEntry*>(take(kUnitEntry * plan.num_units));
+  tables.snapshot_units = reinterpret_cast<UnitEntry*>(take(kUnitEntry * p.snapshots));
+  tables.begins = take(p.requests);
+  tables.lengths = take(p.requests);
+  tables.read_slots = take(p.requests);
+  tables.write_slots = take(p.requests);
+  tables.dense_slots = take(p.requests);
+  tables.snapshot_read_slots = take(p.snapshots);
+  tables.snapshot_write_slots = take(p.snapshots);
+  tables.num_units = plan.num_units;
+  tables.segment_len = plan.segment_len;
+  return tables;
+}
+
+// A workspace of `count` states in the order of the pool, so that they are copied as they lie.
+MutableState dense_states(const Tensor& memory, const ExtendParams& p) {
+  const bool is_vk = p.state.stride_d == 1 && p.state.stride_e != 1;
+  const int64_t size = p.dim_k * p.dim_v;
+  return {memory.mutable_data_ptr(), p.heads * size, size, is_vk ? 1 : p.dim_v, is_vk ? p.dim_k : 1};
+}
+
+State with_slots(const MutableState& s, const int64_t* slots) {
+  return {s.data, s.stride_s, s.stride_h, s.stride_d, s.stride_e, slots, s.is_bf16};
+}
+
+Tensor extend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& state, const Tensor& cu_seqlens,
+              const OptTensor& slope, const OptTensor& read_slots, const OptTensor& write_slots,
+              const OptTensor& has_initial_state, const OptTensor& snapshot_offsets, const OptTensor& snapshot_tokens,
+              const OptTensor& snapshot_slots, double scale) {
+  Extend args = check_extend(kDevice, q, k, v, state, cu_seqlens, slope, read_slots, write_slots, has_initial_state,
+                             snapshot_offsets, snapshot_tokens, snapshot_slots, scale);
+  ExtendParams& p = args.params;
+  Attention& attention = args.attention;
+  const char* op = attention.op;
+  Tensor out = empty_contiguous(q, {p.tokens, p.heads, p.dim_v}, q.scalar_type());
+  p.out = {out.mutable_data_ptr(), 0, out.stride(1), out.stride(0)};
+  if (p.heads == 0) return out;
+
+  const Device device(op, q);
+  check_numbers(p, device.stream());
+  // The trilinear kernels get the requests of two tokens or more.
+  const int64_t most_requests = std::min(p.requests, p.tokens / 2);
+  attention.sizes.num_seqs = most_requests;
+  Plan plan = plan_for(attention, false, false, true, device);
+  if (plan.family == Family::kSm90) {
+    // Requests come first in the table and nothing behind them, but how many there are the host does not know: blocks
+    // that take turns at the items make the absent ones cheap, several to an SM even out unlike lengths.
+    constexpr int64_t kBlocksPerSm = 8;
+    const int cluster = plan.clusters[0];
+    plan.max_blocks[0] = kBlocksPerSm * std::max(device.props().num_sms / cluster, 1) * cluster;
+  }
+  const bool is_cut = plan.num_segments > 1;
+
+  const Tensor tables_memory = empty_contiguous(q, {table_elements(p, plan)}, ScalarType::Long);
+  simt::ExtendTables tables = extend_tables(tables_memory, p, plan);
+  const Tensor dense_memory =
+      empty_contiguous(q, {is_cut ? most_requests : 0, p.heads, p.dim_k, p.dim_v}, attention.accumulation);
+  const MutableState dense = is_cut ? dense_states(dense_memory, p) : MutableState{nullptr, 0, 0, 0, 0};
+  tables.dense_count = is_cut ? most_requests : 0;
+  check_cuda(op, "launching the plan", simt::launch_extend_plan(p, tables, device.stream()));
+
+  TrilinearParams params = common_params(attention, plan);
+  params.units = tables.units;
+  params.num_jobs = 1;
+  TrilinearJob& job = params.jobs[0];  // out = T(q, k, v)
+  job.a = p.q;
+  job.b = p.k;
+  job.c = p.v;
+  job.out = p.out;
+  job.dim_a = static_cast<int32_t>(p.dim_k);
+  job.dim_c = static_cast<int32_t>(p.dim_v);
+  job.inter = job.intra = scale;
+  job.update = 1;
+
+  // Before anything is written: a request's own slot may be the one that it reads.
+  if (p.snapshots > 0) {
+    TrilinearParams snapshots = params;
+    snapshots.units = tables.snapshot_units;
+    snapshots.num_units = p.snapshots;
+    snapshots.segment_len = std::max<int64_t>(p.tokens, 1);
+    snapshots.is_cut = false;
+    snapshots.states_alone = true;
+    snapshots.jobs[0].initial = with_slots(p.state, tables.snapshot_read_slots);
+    snapshots.jobs[0].final = p.state;
+    snapshots.jobs[0].final.slots = tables.snapshot_write_slots;
+    launch_states(attention, plan, 0, snapshots, false, device.stream());
+  }
+
+  check_cuda(op, "launching the short requests", simt::launch_extend_rows(p, tables, dense, device.stream()));
+  if (most_requests == 0) return out;
+  // Segments run side by side: the last one may be done with a slot before the first one reads it.
+  job.initial = is_cut ? with_slots(dense, tables.dense_slots) : with_slots(p.state, tables.read_slots);
+  job.final = p.state;
+  job.final.slots = tables.write_slots;
+  const Tensor local = empty_local_states(attention, plan, 0, p.dim_k, p.dim_v);
+  job.local = local_state(local, p.dim_v);
+  enter_segments(attention, plan, 0, params, false, device.stream());
+  launch(attention, plan, 0, params, false, false, device.stream());
+  return out;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(la2, CUDA, m) {
@@ -330,6 +482,7 @@ STABLE_TORCH_LIBRARY_IMPL(la2, CUDA, m) {
   m.impl("forward_with_state", TORCH_BOX(&forward_with_state));
   m.impl("backward", TORCH_BOX(&backward));
   m.impl("decode", TORCH_BOX(&decode));
+  m.impl("extend", TORCH_BOX(&extend));
 }
 
 }  // namespace la2::ops

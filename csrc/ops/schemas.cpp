@@ -18,4 +18,11 @@ STABLE_TORCH_LIBRARY(la2, m) {
   m.def(
       "decode(Tensor q, Tensor k, Tensor v, Tensor(a!) state, Tensor? slope=None, *, Tensor? state_indices=None, "
       "float scale=1.0) -> Tensor");
+  // q, k [tokens, H, D]; v, out [tokens, H, E]; state [slots, H, D, E]; cu_seqlens, snapshot_offsets [R + 1]; slots and
+  // has_initial_state [R]; slope [H] or [R, H].
+  m.def(
+      "extend(Tensor q, Tensor k, Tensor v, Tensor(a!) state, Tensor cu_seqlens, Tensor? slope=None, *, "
+      "Tensor? read_slots=None, Tensor? write_slots=None, Tensor? has_initial_state=None, "
+      "Tensor? snapshot_offsets=None, Tensor? snapshot_tokens=None, Tensor? snapshot_slots=None, float scale=1.0) -> "
+      "Tensor");
 }

@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING
 from . import _autocast, _load, _ops  # noqa: F401 - _load defines the operators, the others add their Python side
 
 if TYPE_CHECKING:
-    from .functional import lightning_attention, lightning_attention_decode
+    from .functional import extend, lightning_attention, lightning_attention_decode
 
 __version__ = _load.version
 cuda_status = _load.cuda_status  # "loaded", or why the CUDA kernels are not
 
-__all__ = ["__version__", "cuda_status", "lightning_attention", "lightning_attention_decode"]
+__all__ = ["__version__", "cuda_status", "extend", "lightning_attention", "lightning_attention_decode"]
 
-_FUNCTIONS = dict.fromkeys(("lightning_attention", "lightning_attention_decode"), "functional")  # name -> its module
+_FUNCTIONS = dict.fromkeys(
+    ("extend", "lightning_attention", "lightning_attention_decode"), "functional"
+)  # name -> its module
 _MODULES = ("compat", "distributed", "functional", "integrations", "nn", "slopes", "testing")
 
 

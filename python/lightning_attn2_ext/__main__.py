@@ -21,6 +21,7 @@ and, on a CPU or a GPU, with tables, JSON and plots:
   bench speed     this operator and softmax attention over growing lengths
   bench memory    the most memory that each of them holds
   bench decode    one token for each of many sequences
+  bench extend    new tokens of many requests against a pool of states
   bench accuracy  the distance of each of them from float64
   bench layer     transformers' MiniMax layer as it is and on this operator
   bench train     a language model trained with each of them from one seed
@@ -28,7 +29,7 @@ and, on a CPU or a GPU, with tables, JSON and plots:
 
 Each takes --help."""
 
-_TABLES = ("compare", "speed", "memory", "decode", "accuracy", "layer", "train")
+_TABLES = ("compare", "speed", "memory", "decode", "extend", "accuracy", "layer", "train")
 _COMMANDS = {
     ("demo",): "demo.cli",
     ("info",): "info",

@@ -30,6 +30,6 @@ def _register(op, device_type: str) -> None:
     _library.impl(op, autocast, _KEYS[device_type])
 
 
-for _op in (torch.ops.la2.forward, torch.ops.la2.forward_with_state, torch.ops.la2.decode):
+for _op in (torch.ops.la2.forward, torch.ops.la2.forward_with_state, torch.ops.la2.decode, torch.ops.la2.extend):
     for _device_type in _KEYS:
         _register(_op.default, _device_type)

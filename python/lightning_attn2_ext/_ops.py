@@ -80,6 +80,11 @@ def _decode_fake(q, k, v, state, slope=None, *, state_indices=None, scale=1.0):
     return q.new_empty((q.shape[0], q.shape[1], v.shape[-1]))
 
 
+@torch.library.register_fake("la2::extend")
+def _extend_fake(q, k, v, state, cu_seqlens, slope=None, **options):
+    return q.new_empty((q.shape[0], q.shape[1], v.shape[-1]))
+
+
 # ---- derivatives
 
 
@@ -488,6 +493,37 @@ def _decode_in_place(keyset, *args, **kwargs):
 _library.impl(_la2.decode.default, _decode_in_place, "ADInplaceOrView", with_keyset=True)
 
 
+def _extend_autograd(keyset, q, k, v, state, cu_seqlens, slope=None, **options):
+    """As of decode."""
+    if state.requires_grad:
+        raise RuntimeError(
+            "la2::extend: state requires grad, expected a state without gradient, since it is updated in place "
+            "(pass state.detach(), or use la2::forward_with_state to differentiate)"
+        )
+    if torch.is_grad_enabled():
+        for name, x in (("q", q), ("k", k), ("v", v), ("slope", slope)):
+            if x is not None and x.requires_grad:
+                raise RuntimeError(
+                    f"la2::extend: {name} requires grad, expected inputs without gradient, since extend has no "
+                    "backward (call it under torch.no_grad() or torch.inference_mode(), or use la2::forward_with_state)"
+                )
+    return _redispatch(_la2.extend.default, keyset, (q, k, v, state, cu_seqlens, slope), options)
+
+
+_library.impl(_la2.extend.default, _extend_autograd, "Autograd", with_keyset=True)
+
+
+def _extend_in_place(keyset, *args, **kwargs):
+    """As of decode."""
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        out = _la2.extend.default.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args, **kwargs)
+    torch.autograd.graph.increment_version(args[3] if len(args) > 3 else kwargs["state"])
+    return out
+
+
+_library.impl(_la2.extend.default, _extend_in_place, "ADInplaceOrView", with_keyset=True)
+
+
 # ---- vmap: the mapped dimension joins the heads, which no sequence layout minds
 
 
@@ -626,3 +662,12 @@ _register_vmap(
     ("q", "k", "v", "state", "slope", "state_indices", "scale"),
     {"slope": None, "state_indices": None, "scale": 1.0},
 )
+
+
+def _extend_vmap(*args, **kwargs):
+    raise NotImplementedError(
+        "la2::extend: an argument is mapped by vmap, expected none: requests of unlike lengths are what extend packs"
+    )
+
+
+_library.impl(_la2.extend.default, _extend_vmap, "FuncTorchBatched")

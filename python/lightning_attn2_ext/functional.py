@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import _ops  # noqa: F401  (registers autograd and the fake kernels)
 
-__all__ = ["lightning_attention", "lightning_attention_decode"]
+__all__ = ["extend", "lightning_attention", "lightning_attention_decode"]
 
 
 def lightning_attention(
@@ -96,3 +96,70 @@ def lightning_attention_decode(
         RuntimeError: on arguments that do not fit, or where a gradient is asked for.
     """
     return torch.ops.la2.decode(q, k, v, state, slope, state_indices=state_indices, scale=scale)
+
+
+def extend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Tensor,
+    cu_seqlens: Tensor,
+    slope: Tensor | None = None,
+    *,
+    read_slots: Tensor | None = None,
+    write_slots: Tensor | None = None,
+    has_initial_state: Tensor | None = None,
+    snapshot_offsets: Tensor | None = None,
+    snapshot_tokens: Tensor | None = None,
+    snapshot_slots: Tensor | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    """New tokens of many requests, packed, against a pool of states that is updated in place: prefill, chunked
+    prefill and decode in one call.
+
+    Request r is tokens `cu_seqlens[r]:cu_seqlens[r + 1]`. It continues from the state in slot `read_slots[r]` and
+    leaves its own in slot `write_slots[r]`. Nothing is read on the host: the work is planned from shapes alone, and a
+    CUDA graph captured with room for more tokens and requests is replayed with other lengths and slots.
+
+    Args:
+        q, k: `[tokens, H, D]`; v: `[tokens, H, E]`; dtypes, head dims and strides as for `lightning_attention`.
+        state: `[slots, H, D, E]`, float32 or bfloat16 (float64 for float64 inputs), any strides; updated in place,
+            and may not require grad. Arithmetic is float32 whichever it is; bfloat16 is rounded once a call.
+        cu_seqlens: int32 or int64 `[R + 1]` on q's device, ascending from 0. Tokens behind the last request are
+            nobody's: their output rows are zero. A request of one token costs what a decode step does; one of none
+            copies its state from slot to slot.
+        slope: `[H]` or `[R, H]`.
+        read_slots: int32 or int64 `[R]`. A negative slot is not read: zero is the initial state. None: request r uses
+            slot r.
+        write_slots: int32 or int64 `[R]`, no two alike and none that another request reads. A negative slot is not
+            written. None: read_slots. Where both slots of a request are negative it is padding, and its output rows
+            are zero.
+        has_initial_state: bool `[R]`. False: the request starts from zero, and its read slot is not looked at.
+        snapshot_offsets, snapshot_tokens, snapshot_slots: int32 or int64, `[R + 1]`, `[M]`, `[M]`. For m in
+            `snapshot_offsets[r]:snapshot_offsets[r + 1]`, the state of request r behind the first
+            `snapshot_tokens[m]` of these tokens (0 to all of them) goes to slot `snapshot_slots[m]`, which nobody else
+            reads or writes in this call; a negative one is left out.
+        scale: factor on the scores.
+
+    Returns:
+        `[tokens, H, E]`, of q's dtype.
+
+    Raises:
+        RuntimeError: on arguments that do not fit, or where a gradient is asked for. What stands in device memory is
+            checked on the CPU, and on a GPU where the environment has LA2_CHECK=1 (which waits for the GPU).
+    """
+    return torch.ops.la2.extend(
+        q,
+        k,
+        v,
+        state,
+        cu_seqlens,
+        slope,
+        read_slots=read_slots,
+        write_slots=write_slots,
+        has_initial_state=has_initial_state,
+        snapshot_offsets=snapshot_offsets,
+        snapshot_tokens=snapshot_tokens,
+        snapshot_slots=snapshot_slots,
+        scale=scale,
+    )

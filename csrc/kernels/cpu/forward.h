@@ -43,7 +43,7 @@ struct ForwardSweep {
 
   SeqRows<const Element> a, b;  // [N, dim_a]
   SeqRows<const Element> c;     // [N, dim_c]
-  SeqRows<Element> out;         // [N, dim_c]
+  SeqRows<Element> out;         // [N, dim_c]; no data: the state alone is wanted
   int64_t length;               // N, of this sequence
   int dim_a, dim_c;
   double slope, scale;
@@ -65,7 +65,7 @@ struct ForwardSweep {
     next.add(a, dim_a);
     next.add(b, dim_a);
     next.add(c, dim_c);
-    next.add(out, dim_c);
+    if (out.data) next.add(out, dim_c);
     const int steps = (kChunk + dim_a) / kTileRows * panel_count<T>(dim_c);
 
     for (int64_t start = 0; start < length; start += kChunk) {
@@ -74,24 +74,7 @@ struct ForwardSweep {
       load_rows<S>(x.b, b.from(start), rows, dim_a);
       load_rows<S>(x.c, c.from(start), rows, dim_c);
       next.begin(start + rows, min_of(start + rows + kChunk, length), steps);
-      scores(x, rows, next);
-      for_each_tile<T>(0, x.c.cols, [&](auto width, int col) {
-        RowDots<S> dots;
-        for (int row = 0; row < rows; row += kTileRows) {
-          next.step();
-          if (slope_terms) {
-            auto o = zero_tile<T>(width);
-            inter(o, x, x.aged, row, col);
-            dots.add(o, q.from(start + row), rows - row, col, dim_c, 1, 0);
-          }
-          auto o = zero_tile<T>(width);
-          inter(o, x, x.state.value, row, col);
-          if (slope_terms) dots.add(o, q.from(start + row), rows - row, col, dim_c, row + 1, 1);
-          intra(o, x, row, rows, col);
-          store_rows<S>(o, out.from(start + row), rows - row, col, dim_c);
-        }
-        if (slope_terms) slope_terms[col / Panels<T>::kWidth] += dots.sum();
-      });
+      if (out.data) outputs(x, start, rows, next);
       if (slope_terms) age(x, rows);
       if (start + rows < length || final.data) update_state(x, rows, next);
     }
@@ -100,6 +83,27 @@ struct ForwardSweep {
   }
 
  private:
+  void outputs(const Scratch& x, int64_t start, int rows, Prefetcher& next) const {
+    scores(x, rows, next);
+    for_each_tile<T>(0, x.c.cols, [&](auto width, int col) {
+      RowDots<S> dots;
+      for (int row = 0; row < rows; row += kTileRows) {
+        next.step();
+        if (slope_terms) {
+          auto o = zero_tile<T>(width);
+          inter(o, x, x.aged, row, col);
+          dots.add(o, q.from(start + row), rows - row, col, dim_c, 1, 0);
+        }
+        auto o = zero_tile<T>(width);
+        inter(o, x, x.state.value, row, col);
+        if (slope_terms) dots.add(o, q.from(start + row), rows - row, col, dim_c, row + 1, 1);
+        intra(o, x, row, rows, col);
+        store_rows<S>(o, out.from(start + row), rows - row, col, dim_c);
+      }
+      if (slope_terms) slope_terms[col / Panels<T>::kWidth] += dots.sum();
+    });
+  }
+
   // scores = (A B^T . M)^T scale, in the tiles that touch i >= j
   static void scores(const Scratch& x, int rows, Prefetcher& next) {
     for (int j = 0; j < rows; j += kTileRows) {

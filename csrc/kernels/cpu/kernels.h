@@ -13,11 +13,13 @@ struct Parallel {
 };
 
 // Scratch memory is the kernels' own business (per thread, bounded, independent of N). The values behind
-// cu_seqlens and state_indices were checked by the caller. False: no memory for the scratch, nothing was done.
+// cu_seqlens, state_indices and of extend were checked by the caller. False: no memory for the scratch, nothing was
+// done.
 struct Kernels {
   bool (*forward)(const ForwardParams&, const Parallel&);
   bool (*backward)(const BackwardParams&, const Parallel&);
   bool (*decode)(const DecodeParams&, const Parallel&);
+  bool (*extend)(const ExtendParams&, const Parallel&);
   const char* name;  // "baseline", "avx2", "avx512"
 };
 

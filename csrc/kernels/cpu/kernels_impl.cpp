@@ -5,6 +5,7 @@
 // two instruction sets share would be merged by the linker, and could be the one this machine cannot run.
 #include "backward.h"
 #include "decode.h"
+#include "extend.h"
 #include "forward.h"
 
 namespace la2::cpu {
@@ -35,10 +36,13 @@ bool backward_any(const BackwardParams& p, const Parallel& parallel) {
 bool decode_any(const DecodeParams& p, const Parallel& parallel) {
   return with_storage(p.dtype, [&](auto s) { return decode<decltype(s)>(p, parallel); });
 }
+bool extend_any(const ExtendParams& p, const Parallel& parallel) {
+  return with_storage(p.dtype, [&](auto s) { return extend<decltype(s)>(p, parallel); });
+}
 
 }  // namespace
 
 extern const Kernels LA2_CPU_TABLE;
-const Kernels LA2_CPU_TABLE = {forward_any, backward_any, decode_any, LA2_CPU_NAME};
+const Kernels LA2_CPU_TABLE = {forward_any, backward_any, decode_any, extend_any, LA2_CPU_NAME};
 
 }  // namespace la2::cpu

@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kCombineThreads)
   Vec<T> z{};
   if (job.initial.data != nullptr && !is_opaque) {
     const State& s = job.initial;
-    const T* from = static_cast<const T*>(s.data) + unit.sequence * s.stride_s + head * s.stride_h +
+    const T* from = static_cast<const T*>(s.data) + slot_of(s, unit.state) * s.stride_s + head * s.stride_h +
                     element / job.dim_c * s.stride_d + element % job.dim_c * s.stride_e;
     for (int i = 0; i < kSize; ++i) z.x[i] = from[i * s.stride_e];
   }

@@ -16,6 +16,7 @@
 
 #include "../../core/decay.h"
 #include "../params.h"
+#include "element.cuh"
 #include "vec.cuh"
 
 namespace la2::simt {
@@ -68,15 +69,6 @@ struct DecodeToken {
 };
 
 // ---- the token ------------------------------------------------------------------------------------------------------
-
-__device__ __forceinline__ float to_acc(float x) { return x; }
-__device__ __forceinline__ float to_acc(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ float to_acc(__half x) { return __half2float(x); }
-__device__ __forceinline__ double to_acc(double x) { return x; }
-__device__ __forceinline__ void from_acc(float& to, float x) { to = x; }
-__device__ __forceinline__ void from_acc(__nv_bfloat16& to, float x) { to = __float2bfloat16_rn(x); }
-__device__ __forceinline__ void from_acc(__half& to, float x) { to = __float2half_rn(x); }
-__device__ __forceinline__ void from_acc(double& to, double x) { to = x; }
 
 // Where the block works. Grid: slices x heads x rows, slices fastest.
 struct DecodePlace {

@@ -20,6 +20,7 @@
 #include <cuda_runtime.h>
 
 #include "../../core/decay.h"
+#include "element.cuh"
 #include "launch.h"
 #include "units.cuh"
 #include "vec.cuh"
@@ -129,7 +130,8 @@ __device__ bool find_work(Work<typename Cfg::T>& shared_work, const TrilinearPar
   work.first_col = work.slice * Cfg::kSlice;
   work.cols = min(job.dim_c - work.first_col, Cfg::kSlice);
   const Unit unit = find_unit(params, work.unit_idx);
-  if (!unit.valid || work.cols <= 0 || (Cfg::kStateOnly && ends_sweep(unit, job.reverse))) return false;
+  if (!unit.valid || work.cols <= 0 || (Cfg::kStateOnly && !params.states_alone && ends_sweep(unit, job.reverse)))
+    return false;
 
   work.unit = unit;
   work.num_chunks = (unit.length + kChunk - 1) / kChunk;
@@ -174,12 +176,12 @@ __device__ __forceinline__ void copy_rows_async(T (&tile)[kChunk][kPitch], const
 // f(element of Z, its place in a state) for every element of this thread that exists: dims rows, cols columns of the
 // slice, whose first element is at `state`. One pointer walks down the rows: 64-bit offsets of every row, which the
 // compiler would rather keep, do not fit beside Z.
-template <class Cfg, class T, class F>
+template <class Cfg, class Stored, class F>
 __device__ __forceinline__ void for_each_state_element(typename Registers<Cfg>::StateTile (&z)[Cfg::kTiles],
-                                                       const ThreadCoord& me, int dims, int cols, T* state,
+                                                       const ThreadCoord& me, int dims, int cols, Stored* state,
                                                        int64_t stride_d, int64_t stride_e, F&& f) {
   if (me.col * Cfg::kVec >= cols) return;
-  T* place = state + me.row * Cfg::kVec * stride_d + me.col * Cfg::kVec * stride_e;
+  Stored* place = state + me.row * Cfg::kVec * stride_d + me.col * Cfg::kVec * stride_e;
 #pragma unroll
   for (int t = 0; t < Cfg::kTiles; ++t) {
 #pragma unroll
@@ -440,16 +442,20 @@ __global__ void __launch_bounds__(Cfg::kThreads, Cfg::kBlocksPerSm)
 
   // Z as it enters the segment.
   typename Registers<Cfg>::StateTile z[Cfg::kTiles] = {};
-  if (!Cfg::kStateOnly) {
+  if (!Cfg::kStateOnly || params.states_alone) {
     const bool cut = params.is_cut;
     const void* data = cut ? job.local.data : job.initial.data;
-    if (data != nullptr) {
-      const State s = cut ? State{data, job.local.stride_s, job.local.stride_h, job.local.stride_d, job.local.stride_e}
-                          : job.initial;
-      const T* from = static_cast<const T*>(s.data) + (cut ? work.unit_idx : unit.sequence) * s.stride_s +
-                      work.head * s.stride_h + work.first_col * s.stride_e;
-      for_each_state_element<Cfg>(z, me, job.dim_a, work.cols, from, s.stride_d, s.stride_e,
-                                  [&](T& element, const T& place) { element = place; });
+    const State s =
+        cut ? State{data, job.local.stride_s, job.local.stride_h, job.local.stride_d, job.local.stride_e} : job.initial;
+    const int64_t slot = cut ? work.unit_idx : slot_of(s, unit.state);
+    if (data != nullptr && slot >= 0) {
+      const int64_t offset = slot * s.stride_s + work.head * s.stride_h + work.first_col * s.stride_e;
+      with_state_type<T>(s.is_bf16, [&](auto stored) {
+        using Stored = decltype(stored);
+        for_each_state_element<Cfg>(z, me, job.dim_a, work.cols, static_cast<const Stored*>(s.data) + offset,
+                                    s.stride_d, s.stride_e,
+                                    [&](T& element, const Stored& place) { element = to_acc(place); });
+      });
     }
   }
 
@@ -524,12 +530,18 @@ __global__ void __launch_bounds__(Cfg::kThreads, Cfg::kBlocksPerSm)
     }
   }
 
-  const MutableState& leaving = Cfg::kStateOnly ? job.local : job.final;
-  if (leaving.data != nullptr && (Cfg::kStateOnly || ends_sweep(unit, reverse))) {
-    T* to = static_cast<T*>(leaving.data) + (Cfg::kStateOnly ? work.unit_idx : unit.sequence) * leaving.stride_s +
-            work.head * leaving.stride_h + work.first_col * leaving.stride_e;
-    for_each_state_element<Cfg>(z, me, job.dim_a, work.cols, to, leaving.stride_d, leaving.stride_e,
-                                [&](const T& element, T& place) { place = element; });
+  const bool to_local = Cfg::kStateOnly && !params.states_alone;
+  const MutableState& leaving = to_local ? job.local : job.final;
+  if (leaving.data != nullptr && (to_local || ends_sweep(unit, reverse))) {
+    const int64_t slot = to_local ? work.unit_idx : slot_of(leaving, unit.state);
+    if (slot < 0) return;
+    const int64_t offset = slot * leaving.stride_s + work.head * leaving.stride_h + work.first_col * leaving.stride_e;
+    with_state_type<T>(leaving.is_bf16, [&](auto stored) {
+      using Stored = decltype(stored);
+      for_each_state_element<Cfg>(z, me, job.dim_a, work.cols, static_cast<Stored*>(leaving.data) + offset,
+                                  leaving.stride_d, leaving.stride_e,
+                                  [&](const T& element, Stored& place) { from_acc(place, element); });
+    });
   }
 }
 

@@ -9,7 +9,7 @@ namespace la2::simt {
 
 // One segment of one sequence, and the sequence around it.
 struct Unit {
-  int64_t sequence;               // which state, which slope
+  int64_t sequence, state;        // which slope, which state
   int64_t segment, num_segments;  // of the sequence; its units are numbered unit_idx - segment + (0, 1, ...)
   int64_t batch;                  // batch row (packed: 0)
   int64_t row_begin, length;      // rows of this segment, counted within the batch row
@@ -42,6 +42,7 @@ __device__ inline Unit unit_of(const Sizes& sizes, int64_t sequence, int64_t bat
   const int64_t before = segment * segment_len;
   const int64_t left = rows.length - before;
   return {sequence,
+          sequence,
           segment,
           segments_of(rows.length, segment_len),
           batch,
@@ -56,6 +57,14 @@ __device__ inline Unit unit_of(const Sizes& sizes, int64_t sequence, int64_t bat
 // the segments of one of 32 sequences, a scan over the warp finds the sequence unit_idx falls into.
 __device__ inline Unit find_unit(const TrilinearParams& params, int64_t unit_idx) {
   const Sizes& sizes = params.sizes;
+  if (params.units != nullptr) {
+    const UnitEntry entry = params.units[unit_idx];
+    if (entry.segment < 0) return {};
+    Unit unit =
+        unit_of(sizes, entry.sequence, 0, {entry.seq_begin, entry.seq_length}, entry.segment, params.segment_len);
+    unit.state = entry.state;
+    return unit;
+  }
   if (params.cu_seqlens.data == nullptr) {
     const int64_t segments = segments_of(sizes.length, params.segment_len);
     const int64_t sequence = unit_idx / segments;
@@ -97,6 +106,12 @@ __device__ inline T slope_of(const TrilinearParams& params, int64_t sequence, in
   const Slopes& slope = params.slope;
   if (slope.data == nullptr) return T(0);
   return static_cast<const T*>(slope.data)[sequence * slope.stride_s + head * slope.stride_h];
+}
+
+// Which of the states in memory that is; negative: none.
+template <class AnyState>
+__device__ inline int64_t slot_of(const AnyState& s, int64_t state) {
+  return s.slots != nullptr ? s.slots[state] : state;
 }
 
 // The chunk slot (trilinear.h) of the unit's first chunk, for the slope gradient's dots.

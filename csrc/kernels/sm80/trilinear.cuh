@@ -8,6 +8,7 @@
 #include "../ptx/fence.cuh"
 #include "../ptx/ldmatrix.cuh"
 #include "../ptx/mma.cuh"
+#include "../simt/element.cuh"
 #include "../simt/units.cuh"
 #include "../tile/decay.cuh"
 #include "../tile/half_pair.cuh"
@@ -360,6 +361,7 @@ template <class Cfg, bool kStateOnly>
 __global__ void __launch_bounds__(Cfg::kThreads, 1)
     la2_trilinear_sm80_kernel(const __grid_constant__ TrilinearParams p, int num_slices) {
   using T = typename Cfg::T;
+  constexpr bool kPool = !Cfg::kSplit;  // states may be those of a pool; gradients' are not
   extern __shared__ __align__(128) char raw[];
   SharedStorage<Cfg>& smem = *reinterpret_cast<SharedStorage<Cfg>*>(raw);
   const Lane me;
@@ -376,7 +378,7 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
   const simt::Unit unit = simt::find_unit(p, unit_idx);
   if (!unit.valid) return;
   const bool is_last = unit.segment == (reverse ? 0 : unit.num_segments - 1);  // in the order of the sweep
-  if (kStateOnly && is_last) return;
+  if (kStateOnly && is_last && !p.states_alone) return;
 
   const float slope = simt::slope_of<float>(p, unit.sequence, head);
   smem.decay.fill(slope, threadIdx.x, Cfg::kThreads);
@@ -426,20 +428,24 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
   // Z as it enters this segment.
   StateFragment<Cfg> z = {};
   const void* entering = p.is_cut ? job.local.data : job.initial.data;
-  bool has_state = !kStateOnly && entering != nullptr;
+  const int64_t entering_slot = p.is_cut ? unit_idx : kPool ? simt::slot_of(job.initial, unit.state) : unit.sequence;
+  bool has_state = (!kStateOnly || p.states_alone) && entering != nullptr && entering_slot >= 0;
   if (has_state) {
     const int64_t stride_s = p.is_cut ? job.local.stride_s : job.initial.stride_s;
     const int64_t stride_h = p.is_cut ? job.local.stride_h : job.initial.stride_h;
     const int64_t stride_d = p.is_cut ? job.local.stride_d : job.initial.stride_d;
     const int64_t stride_e = p.is_cut ? job.local.stride_e : job.initial.stride_e;
-    const float* from = static_cast<const float*>(entering) + (p.is_cut ? unit_idx : unit.sequence) * stride_s +
-                        head * stride_h + first_col * stride_e;
-    for_each_state_element<Cfg>(z, from, stride_d, stride_e, job.dim_a, cols, me,
-                                [](float& element, const float* stored) { element = *stored; });
+    const int64_t offset = entering_slot * stride_s + head * stride_h + first_col * stride_e;
+    simt::with_state_type<float>(kPool && !p.is_cut && job.initial.is_bf16, [&](auto element_in_memory) {
+      using Stored = decltype(element_in_memory);
+      for_each_state_element<Cfg>(z, static_cast<const Stored*>(entering) + offset, stride_d, stride_e, job.dim_a, cols,
+                                  me, [](float& element, const Stored* stored) { element = simt::to_acc(*stored); });
+    });
   }
 
-  const MutableState& leaving = kStateOnly ? job.local : job.final;
-  const bool wants_state = leaving.data != nullptr && (kStateOnly || is_last);
+  const bool to_local = kStateOnly && !p.states_alone;
+  const MutableState& leaving = to_local ? job.local : job.final;
+  const bool wants_state = leaving.data != nullptr && (to_local || is_last);
   for (int step = 0; step < num_chunks; ++step) {
     const int chunk = chunk_at(step), rows = rows_of(chunk), stage = step % Cfg::kStages;
     const int64_t row = static_cast<int64_t>(chunk) * Cfg::kChunk;
@@ -495,10 +501,15 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
   }
 
   if (wants_state) {
-    float* to = static_cast<float*>(leaving.data) + (kStateOnly ? unit_idx : unit.sequence) * leaving.stride_s +
-                head * leaving.stride_h + first_col * leaving.stride_e;
-    for_each_state_element<Cfg>(z, to, leaving.stride_d, leaving.stride_e, job.dim_a, cols, me,
-                                [](float& element, float* stored) { *stored = element; });
+    const int64_t slot = to_local ? unit_idx : kPool ? simt::slot_of(leaving, unit.state) : unit.sequence;
+    if (slot < 0) return;
+    const int64_t offset = slot * leaving.stride_s + head * leaving.stride_h + first_col * leaving.stride_e;
+    simt::with_state_type<float>(kPool && leaving.is_bf16, [&](auto element_in_memory) {
+      using Stored = decltype(element_in_memory);
+      for_each_state_element<Cfg>(z, static_cast<Stored*>(leaving.data) + offset, leaving.stride_d, leaving.stride_e,
+                                  job.dim_a, cols, me,
+                                  [](float& element, Stored* stored) { simt::from_acc(*stored, element); });
+    });
   }
 }
 

@@ -38,7 +38,9 @@ struct GatherStorage {
 // ---- roles
 
 // The last segment of a sequence is left out, nobody needs its state; of the others, what decay leaves nothing of.
+// Nothing is where the states are the result.
 __device__ inline int first_step(const TrilinearParams& p, const Item& item) {
+  if (p.states_alone) return 0;
   if (item.is_last) return item.num_chunks;
   return item.num_chunks - window_chunks(simt::slope_of<float>(p, item.sequence, item.head), item.num_chunks);
 }
@@ -85,7 +87,7 @@ __device__ __forceinline__ void gather(GatherStorage<Cfg>& smem, const Trilinear
   for (int index = schedule.first(); index < schedule.count(p); index += schedule.step()) {
     const Item item = schedule.item(p, job, index, Cfg::kSlice);
     if (!item.is_valid) break;
-    if (item.is_last) continue;
+    if (item.is_last && !p.states_alone) continue;
     ptx::named_barrier_sync(1 + gatherer, 128);
     powers.fill(simt::slope_of<float>(p, item.sequence, item.head), ptx::opaque(threadIdx.x % 128), 128);
     ptx::named_barrier_sync(1 + gatherer, 128);
@@ -93,7 +95,7 @@ __device__ __forceinline__ void gather(GatherStorage<Cfg>& smem, const Trilinear
     int step = first_step(p, item);
     Accumulators<Cfg::kTileA / 2> z;
     clear(z);
-    if (item.is_first && step == 0) load_state(z, job.initial, item, gatherer * 64, job.dim_a, cols, me);
+    if (item.is_first && step == 0) load_state<!Cfg::kSplit>(z, job.initial, item, gatherer * 64, job.dim_a, cols, me);
     for (; step < item.num_chunks; ++step, ring.advance()) {
       const int rows = item.rows_of(item.chunk_at(step));
       const GatherStage<Cfg>& stage = smem.stages[ptx::uniform(ring.stage)];
@@ -109,7 +111,11 @@ __device__ __forceinline__ void gather(GatherStorage<Cfg>& smem, const Trilinear
                                      update, me);
       release_stage(smem.empty[ring.stage], schedule.cluster, me.lane);
     }
-    if (gatherer * 64 < cols) store_fragment(z, fragment_of<Cfg::kTileA>(job, item, item.unit, gatherer, me));
+    if (p.states_alone) {
+      store_state<!Cfg::kSplit>(z, job.final, item, gatherer * 64, job.dim_a, cols, me);
+    } else if (gatherer * 64 < cols) {
+      store_fragment(z, fragment_of<Cfg::kTileA>(job, item, item.unit, gatherer, me));
+    }
   }
 }
 

@@ -1,6 +1,7 @@
 // 64 rows of the transposed state [Dc, Da] in the accumulators of one warpgroup: in, out, and a chunk further.
 #pragma once
 
+#include "../simt/element.cuh"
 #include "steps.cuh"
 
 namespace la2::sm90 {
@@ -67,22 +68,32 @@ __device__ __forceinline__ void for_each_state_element(Accumulators<kRegs>& z, E
     if (n % 4 == 3) ptx::scheduling_fence();  // all loads at once would need too many registers
   }
 }
-template <int kRegs>
+// kPool: the state may be one of a pool (State::slots, is_bf16); gradients' are not, and have no registers for it.
+template <bool kPool, int kRegs>
 __device__ __forceinline__ void load_state(Accumulators<kRegs>& z, const State& s, const Item& item, int first_col,
                                            int dim_a, int cols, const WarpgroupLane& me) {
   if (s.data == nullptr) return;
-  const float* from = static_cast<const float*>(s.data) + item.sequence * s.stride_s + item.head * s.stride_h +
-                      (item.first_col + first_col) * s.stride_e;
-  for_each_state_element(z, from, s.stride_d, s.stride_e, dim_a, cols - first_col, me,
-                         [](float& element, const float* stored) { element = *stored; });
+  const int64_t slot = kPool ? simt::slot_of(s, item.state) : item.sequence;
+  if (slot < 0) return;
+  const int64_t offset = slot * s.stride_s + item.head * s.stride_h + (item.first_col + first_col) * s.stride_e;
+  simt::with_state_type<float>(kPool && s.is_bf16, [&](auto element_in_memory) {
+    using Stored = decltype(element_in_memory);
+    for_each_state_element(z, static_cast<const Stored*>(s.data) + offset, s.stride_d, s.stride_e, dim_a,
+                           cols - first_col, me,
+                           [](float& element, const Stored* stored) { element = simt::to_acc(*stored); });
+  });
 }
-template <int kRegs>
+template <bool kPool, int kRegs>
 __device__ __forceinline__ void store_state(Accumulators<kRegs>& z, const MutableState& s, const Item& item,
                                             int first_col, int dim_a, int cols, const WarpgroupLane& me) {
-  float* to = static_cast<float*>(s.data) + item.sequence * s.stride_s + item.head * s.stride_h +
-              (item.first_col + first_col) * s.stride_e;
-  for_each_state_element(z, to, s.stride_d, s.stride_e, dim_a, cols - first_col, me,
-                         [](float& element, float* stored) { *stored = element; });
+  const int64_t slot = kPool ? simt::slot_of(s, item.state) : item.sequence;
+  if (slot < 0) return;
+  const int64_t offset = slot * s.stride_s + item.head * s.stride_h + (item.first_col + first_col) * s.stride_e;
+  simt::with_state_type<float>(kPool && s.is_bf16, [&](auto element_in_memory) {
+    using Stored = decltype(element_in_memory);
+    for_each_state_element(z, static_cast<Stored*>(s.data) + offset, s.stride_d, s.stride_e, dim_a, cols - first_col,
+                           me, [](float& element, Stored* stored) { simt::from_acc(*stored, element); });
+  });
 }
 
 // A state between segments stays in the order of the registers, 16 bytes a lane: of a unit and head, blocks of 64

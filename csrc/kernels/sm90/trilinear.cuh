@@ -356,7 +356,7 @@ __device__ __forceinline__ void carry_state(SharedStorage<Cfg>& smem, const Tril
     for (int block = 0; block < Cfg::kSlice / 64; ++block) {
       clear(z[block]);
       if (item.is_first) {
-        load_state(z[block], job.initial, item, block * 64, job.dim_a, job.dim_c - item.first_col, me);
+        load_state<!Cfg::kSplit>(z[block], job.initial, item, block * 64, job.dim_a, job.dim_c - item.first_col, me);
       } else if (block * 64 < job.dim_c - item.first_col) {
         load_fragment(z[block], fragment_of<Cfg::kTileA>(job, item, item.unit + (reverse ? 1 : -1), block, me));
       }
@@ -387,7 +387,7 @@ __device__ __forceinline__ void carry_state(SharedStorage<Cfg>& smem, const Tril
     if (wants_state) {
 #pragma unroll
       for (int block = 0; block < Cfg::kSlice / 64; ++block)
-        store_state(z[block], job.final, item, block * 64, job.dim_a, job.dim_c - item.first_col, me);
+        store_state<!Cfg::kSplit>(z[block], job.final, item, block * 64, job.dim_a, job.dim_c - item.first_col, me);
     }
   }
 }

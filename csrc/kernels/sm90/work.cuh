@@ -23,7 +23,7 @@ constexpr int kChunk = 64;  // tokens: the M of one warpgroup's product
 // One segment of one sequence, one head, one slice of Dc. What a chunk needs of a unit, in 32 bits (the launch has seen
 // to it that they do): consumers have few registers to keep it in.
 struct Item {
-  int unit, sequence, batch, head, row_begin, length, first_col, num_chunks;
+  int unit, sequence, state, batch, head, row_begin, length, first_col, num_chunks;
   bool is_valid, reverse;
   bool is_first, is_last;  // of its sequence, in the order of the sweep
 
@@ -57,6 +57,7 @@ struct Schedule {
     Item item;
     item.unit = unit_idx;
     item.sequence = static_cast<int>(unit.sequence);
+    item.state = static_cast<int>(unit.state);
     item.batch = static_cast<int>(unit.batch);
     item.head = index / slice_groups % heads;
     item.row_begin = static_cast<int>(unit.row_begin);

@@ -1,0 +1,338 @@
+// The requests of an extend that are no work for the trilinear kernels: of one token (a decode step from slot to slot),
+// of none (the state moves), padding and the rows behind the last request (zero).
+//
+// As in decode.cuh a block takes 16 KiB of one state, all of D for a slice of E, columns or rows of it; the blocks of
+// longer requests go at once, or copy the initial state to `dense`, where its slot may be written before it is read.
+#pragma once
+
+#include "../ptx/launch_order.cuh"
+#include "decode.cuh"
+#include "extend.h"
+#include "indices.cuh"
+
+namespace la2::simt {
+
+// Blocks in place of a request that share the rows behind the last one.
+constexpr int kTailBlocks = 8;
+
+// kLoads vectors of the state a thread, as decode's. P: the state's element in memory.
+template <class T, class P_, int kMaxDimK, bool kVector>
+struct ExtendColumns : DecodeColumns<T, kMaxDimK, kVector> {
+  using P = P_;
+};
+template <class T, class P_, int kVecsPerLane>
+struct ExtendRows : DecodeRows<T, kVecsPerLane> {
+  using P = P_;
+};
+
+// What a block does with its part of a state.
+struct ExtendWork {
+  DecodePlace place;                      // row: the token (of one); slot: where the state is read
+  int64_t request, write_slot;            // of the pool, or of `dense`
+  int64_t zero_row, zero_end, zero_step;  // rows that become zero
+  bool has_token, reads, writes, to_dense;
+};
+
+template <int kSlice>
+__device__ __forceinline__ ExtendWork find_extend_work(const ExtendParams& params, const ExtendTables& tables,
+                                                       bool wants_dense) {
+  const unsigned num_slices = (static_cast<unsigned>(params.dim_v) + kSlice - 1) / kSlice;
+  const unsigned heads = static_cast<unsigned>(params.heads);
+  ExtendWork work{};
+  DecodePlace& place = work.place;
+  place.first_col = static_cast<int>(blockIdx.x % num_slices) * kSlice;
+  place.cols = min(static_cast<int>(params.dim_v) - place.first_col, kSlice);
+  place.head = blockIdx.x / num_slices % heads;
+  const int64_t request = work.request = blockIdx.x / num_slices / heads;
+  if (request >= params.requests) {
+    const int64_t end = index_at(params.cu_seqlens, params.requests);
+    work.zero_step = kTailBlocks;
+    work.zero_row = max(end, int64_t{0}) + request - params.requests;
+    work.zero_end = params.tokens;
+    return work;
+  }
+  const int64_t begin = tables.begins[request], length = tables.lengths[request];
+  const int64_t read_slot = tables.read_slots[request], write_slot = tables.write_slots[request];
+  if (read_slot == kPadding) {
+    work.zero_step = 1;
+    work.zero_row = begin;
+    work.zero_end = begin + length;
+    return work;
+  }
+  place.row = begin;
+  place.slot = read_slot;
+  work.write_slot = write_slot;
+  work.reads = read_slot >= 0;
+  work.writes = write_slot >= 0;
+  if (length == 1) {
+    work.has_token = true;
+  } else if (length == 0) {
+    work.writes = work.writes && read_slot != write_slot;
+    work.reads = work.reads && work.writes;
+  } else {
+    work.write_slot = wants_dense ? tables.dense_slots[request] : -1;
+    work.writes = work.to_dense = work.write_slot >= 0;
+    work.reads = work.reads && work.writes;
+  }
+  return work;
+}
+
+// The block's columns of rows that are zero.
+template <class T>
+__device__ __forceinline__ void zero_rows(const ExtendParams& params, const ExtendWork& work) {
+  constexpr int kVec = 16 / sizeof(T);  // dims are multiples of 8; slices start at multiples of 16 bytes
+  const DecodePlace& place = work.place;
+  const int units = (place.cols + kVec - 1) / kVec;
+  const int64_t rows_at_once = blockDim.x / units;
+  const int row = threadIdx.x / units, col = threadIdx.x % units * kVec;
+  if (row >= rows_at_once) return;
+  T* const out = static_cast<T*>(params.out.data) + place.head * params.out.stride_h + place.first_col + col;
+  for (int64_t r = work.zero_row + row * work.zero_step; r < work.zero_end; r += rows_at_once * work.zero_step)
+    *reinterpret_cast<uint4*>(out + r * params.out.stride_n) = {0, 0, 0, 0};
+}
+
+// The rows as decode's, one a token; of slopes this request's.
+template <class Acc>
+__device__ __forceinline__ DecodeParams decode_params(const ExtendParams& params, const ExtendWork& work) {
+  DecodeParams p{};
+  p.dim_k = params.dim_k;
+  p.q = {params.q.data, params.q.stride_n, params.q.stride_h, 0};
+  p.k = {params.k.data, params.k.stride_n, params.k.stride_h, 0};
+  p.v = {params.v.data, params.v.stride_n, params.v.stride_h, 0};
+  p.out = {params.out.data, params.out.stride_n, params.out.stride_h, 0};
+  p.slope = params.slope;
+  p.slope.stride_s = 0;
+  if (p.slope.data != nullptr)
+    p.slope.data = static_cast<const Acc*>(params.slope.data) + work.request * params.slope.stride_s;
+  return p;
+}
+
+// One vector of a state from and to memory.
+template <class Acc>
+__device__ __forceinline__ Vec<Acc> load_state_vec(const Acc* from) {
+  return load_vec(from);
+}
+__device__ __forceinline__ Vec<float> load_state_vec(const __nv_bfloat16* from) {
+  const uint2 raw = *reinterpret_cast<const uint2*>(from);
+  return {{__uint_as_float(raw.x << 16), __uint_as_float(raw.x & 0xffff0000u), __uint_as_float(raw.y << 16),
+           __uint_as_float(raw.y & 0xffff0000u)}};
+}
+template <class Acc>
+__device__ __forceinline__ void store_state_vec(Acc* to, const Vec<Acc>& vec) {
+  store_global(to, vec);
+}
+__device__ __forceinline__ void store_state_vec(__nv_bfloat16* to, const Vec<float>& vec) {
+  const __nv_bfloat162 low = __floats2bfloat162_rn(vec.x[0], vec.x[1]),
+                       high = __floats2bfloat162_rn(vec.x[2], vec.x[3]);
+  __stwb(reinterpret_cast<uint2*>(to),
+         make_uint2(*reinterpret_cast<const uint32_t*>(&low), *reinterpret_cast<const uint32_t*>(&high)));
+}
+
+// kVector: 16 bytes at once (bfloat16: 8), else one by one, `stride` apart.
+template <bool kVector, class P, class Acc>
+__device__ __forceinline__ void load_part(Vec<Acc>& s, const P* from, int64_t stride) {
+  if (kVector) {
+    s = load_state_vec(from);
+  } else {
+#pragma unroll
+    for (int e = 0; e < static_cast<int>(16 / sizeof(Acc)); ++e) s.x[e] = to_acc(from[e * stride]);
+  }
+}
+template <bool kVector, class P, class Acc>
+__device__ __forceinline__ void store_part(P* to, const Vec<Acc>& s, int64_t stride) {
+  if (kVector) {
+    store_state_vec(to, s);
+  } else {
+#pragma unroll
+    for (int e = 0; e < static_cast<int>(16 / sizeof(Acc)); ++e) from_acc(to[e * stride], s.x[e]);
+  }
+}
+
+// Where this thread's part of a state begins: `col` columns and `dim` dims into the slice.
+template <class P, class AnyState>
+__device__ __forceinline__ P* state_part(const AnyState& state, int64_t slot, const DecodePlace& place, int col,
+                                         int dim) {
+  return static_cast<P*>(state.data) + slot * state.stride_s + place.head * state.stride_h +
+         (place.first_col + col) * state.stride_e + dim * state.stride_d;
+}
+
+// store(where it goes, of which state) for a state that moves as it is.
+template <class P, class Acc, class Store>
+__device__ __forceinline__ void move_to(const ExtendParams& params, const ExtendWork& work, const MutableState& dense,
+                                        int col, int dim, const Store& store) {
+  if (work.to_dense)
+    store(state_part<Acc>(dense, work.write_slot, work.place, col, dim), dense);
+  else
+    store(state_part<P>(params.state, work.write_slot, work.place, col, dim), params.state);
+}
+
+// Grid: slices x heads x (requests + kTailBlocks), slices fastest. `dense` has the pool's order.
+template <class Cfg>
+__global__ void __launch_bounds__(kDecodeThreads)
+    la2_extend_columns_simt_kernel(const __grid_constant__ ExtendParams params,
+                                   const __grid_constant__ ExtendTables tables,
+                                   const __grid_constant__ MutableState dense) {
+  using T = typename Cfg::T;
+  using P = typename Cfg::P;
+  using Acc = typename Cfg::Acc;
+  __shared__ DecodeToken<Acc, Cfg::kSlice> token;
+  __shared__ Acc partial[kDecodeWarps][Cfg::kSlice];
+
+  ptx::launch_dependents();
+  const ExtendWork work = find_extend_work<Cfg::kSlice>(params, tables, dense.data != nullptr);
+  const DecodePlace& place = work.place;
+  if (work.zero_step != 0) return zero_rows<T>(params, work);
+  const int first_dim = threadIdx.x / Cfg::kLanes;
+  const int col = threadIdx.x % Cfg::kLanes * Cfg::kVec;
+  const bool in_cols = col < place.cols;
+  const MutableState& state = params.state;
+  // f(i) for the vectors of this thread that exist.
+  auto for_each_vec = [&](const auto& f) {
+#pragma unroll
+    for (int i = 0; i < Cfg::kLoads; ++i) {
+      if (in_cols && first_dim + i * Cfg::kRowStep < params.dim_k) f(i);
+    }
+  };
+  Vec<Acc> s[Cfg::kLoads] = {};
+  auto load = [&] {
+    if (!work.reads) return;
+    const P* from = state_part<P>(state, place.slot, place, col, first_dim);
+    for_each_vec(
+        [&](int i) { load_part<Cfg::kVector>(s[i], from + i * Cfg::kRowStep * state.stride_d, state.stride_e); });
+  };
+  if (!work.has_token) {
+    if (!work.writes) return;
+    load();
+    move_to<P, Acc>(params, work, dense, col, first_dim, [&](auto* to, const MutableState& into) {
+      for_each_vec(
+          [&](int i) { store_part<Cfg::kVector>(to + i * Cfg::kRowStep * into.stride_d, s[i], into.stride_e); });
+    });
+    return;
+  }
+
+  TokenFetch<T, Acc> fetch;
+  fetch.start(decode_params<Acc>(params, work), place);
+  load();
+  fetch.finish(token);
+  __syncthreads();
+
+  const Vec<Acc> v = load_vec(&token.v[col]);
+  const Acc decay = token.decay;
+  Acc out[Cfg::kVec] = {};
+  for_each_vec([&](int i) {
+    const Acc q = token.q[first_dim + i * Cfg::kRowStep], k = token.k[first_dim + i * Cfg::kRowStep];
+#pragma unroll
+    for (int e = 0; e < Cfg::kVec; ++e) {
+      s[i].x[e] = decay * s[i].x[e] + k * v.x[e];
+      out[e] += q * s[i].x[e];
+    }
+  });
+  if (work.writes) {
+    P* to = state_part<P>(state, work.write_slot, place, col, first_dim);
+    for_each_vec(
+        [&](int i) { store_part<Cfg::kVector>(to + i * Cfg::kRowStep * state.stride_d, s[i], state.stride_e); });
+  }
+
+#pragma unroll
+  for (int e = 0; e < Cfg::kVec; ++e) {
+#pragma unroll
+    for (int distance = Cfg::kLanes; distance < 32; distance *= 2) {
+      out[e] += __shfl_xor_sync(0xffffffffu, out[e], distance);
+    }
+    if (threadIdx.x % 32 < Cfg::kLanes) partial[threadIdx.x / 32][col + e] = out[e];
+  }
+  __syncthreads();
+  if (threadIdx.x < place.cols) {
+    Acc sum = 0;
+#pragma unroll
+    for (int warp = 0; warp < kDecodeWarps; ++warp) sum += partial[warp][threadIdx.x];
+    from_acc(out_row<T>(decode_params<Acc>(params, work), place)[threadIdx.x], static_cast<Acc>(params.scale) * sum);
+  }
+}
+
+template <class Cfg>
+__global__ void __launch_bounds__(kDecodeThreads)
+    la2_extend_rows_simt_kernel(const __grid_constant__ ExtendParams params,
+                                const __grid_constant__ ExtendTables tables,
+                                const __grid_constant__ MutableState dense) {
+  using T = typename Cfg::T;
+  using P = typename Cfg::P;
+  using Acc = typename Cfg::Acc;
+  __shared__ DecodeToken<Acc, Cfg::kSlice> token;
+
+  ptx::launch_dependents();
+  const ExtendWork work = find_extend_work<Cfg::kSlice>(params, tables, dense.data != nullptr);
+  const DecodePlace& place = work.place;
+  if (work.zero_step != 0) return zero_rows<T>(params, work);
+  const int lane = threadIdx.x % 32;
+  const int first_col = threadIdx.x / 32 * Cfg::kCols;  // of this warp, within the slice
+  const MutableState& state = params.state;
+  auto is_inside = [&](int col, int i) {
+    return first_col + col < place.cols && (lane + 32 * i) * Cfg::kVec < params.dim_k;
+  };
+  // f(col, i) for the vectors of this thread that exist.
+  auto for_each_vec = [&](const auto& f) {
+#pragma unroll
+    for (int i = 0; i < Cfg::kVecsPerLane; ++i) {
+#pragma unroll
+      for (int col = 0; col < Cfg::kCols; ++col) {
+        if (is_inside(col, i)) f(col, i);
+      }
+    }
+  };
+  Vec<Acc> s[Cfg::kCols][Cfg::kVecsPerLane] = {};
+  auto load = [&] {
+    if (!work.reads) return;
+    const P* from = state_part<P>(state, place.slot, place, first_col, lane * Cfg::kVec);
+    for_each_vec([&](int col, int i) { s[col][i] = load_state_vec(from + col * state.stride_e + 32 * i * Cfg::kVec); });
+  };
+  if (!work.has_token) {
+    if (!work.writes) return;
+    load();
+    move_to<P, Acc>(params, work, dense, first_col, lane * Cfg::kVec, [&](auto* to, const MutableState& into) {
+      for_each_vec([&](int col, int i) { store_state_vec(to + col * into.stride_e + 32 * i * Cfg::kVec, s[col][i]); });
+    });
+    return;
+  }
+
+  TokenFetch<T, Acc> fetch;
+  fetch.start(decode_params<Acc>(params, work), place);
+  load();
+  fetch.finish(token);
+  __syncthreads();
+
+  const Acc decay = token.decay;
+  Acc out[Cfg::kCols] = {};
+#pragma unroll
+  for (int i = 0; i < Cfg::kVecsPerLane; ++i) {
+    const Vec<Acc> q = load_vec(&token.q[(lane + 32 * i) * Cfg::kVec]);
+    const Vec<Acc> k = load_vec(&token.k[(lane + 32 * i) * Cfg::kVec]);
+#pragma unroll
+    for (int col = 0; col < Cfg::kCols; ++col) {
+      if (!is_inside(col, i)) continue;
+      const Acc v = token.v[first_col + col];
+#pragma unroll
+      for (int w = 0; w < Cfg::kVec; ++w) {
+        s[col][i].x[w] = decay * s[col][i].x[w] + k.x[w] * v;
+        out[col] += q.x[w] * s[col][i].x[w];
+      }
+    }
+  }
+  if (work.writes) {
+    P* to = state_part<P>(state, work.write_slot, place, first_col, lane * Cfg::kVec);
+    for_each_vec([&](int col, int i) { store_state_vec(to + col * state.stride_e + 32 * i * Cfg::kVec, s[col][i]); });
+  }
+
+#pragma unroll
+  for (int col = 0; col < Cfg::kCols; ++col) {
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2) {
+      out[col] += __shfl_xor_sync(0xffffffffu, out[col], distance);
+    }
+    if (lane == col && first_col + col < place.cols)
+      from_acc(out_row<T>(decode_params<Acc>(params, work), place)[first_col + col],
+               static_cast<Acc>(params.scale) * out[col]);
+  }
+}
+
+}  // namespace la2::simt
