@@ -28,9 +28,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
-# Folders with tests marked gpu, and the file with those marked sanitize: the rest needs not even be importable here.
+# Folders with tests marked gpu, and the files with those marked sanitize: the rest needs not even be importable here.
 SUITE = ("tests/ops", "tests/triton_ref")
-SANITIZED = "tests/ops/test_cuda.py"
+SANITIZED = ("tests/ops/test_cuda.py", "tests/ops/test_extend.py")
 
 
 # ---- parsing: what each program says, without trusting its exit status
@@ -243,7 +243,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--jobs", type=int, default=1, help="processes for the suite (pytest-xdist), sanitizers at once"
     )
-    parser.add_argument("paths", nargs="*", help=f"for pytest (default: {' '.join(SUITE)}, sanitizer: {SANITIZED})")
+    parser.add_argument(
+        "paths", nargs="*", help=f"for pytest (default: {' '.join(SUITE)}, sanitizer: {' '.join(SANITIZED)})"
+    )
     arguments = parser.parse_args(argv)
     wants = {part for part in ("suite", "sanitizer", "bench") if getattr(arguments, part)} or {"suite", "sanitizer"}
 
@@ -270,7 +272,7 @@ def main(argv: list[str] | None = None) -> int:
         # They take the GPU in turns and need little of it.
         with concurrent.futures.ThreadPoolExecutor(min(arguments.jobs, len(TOOLS))) as pool:
             tools = TOOLS if sanitizer else ()
-            running = {pool.submit(run_tool, tool, sanitizer, arguments.paths or [SANITIZED]): tool for tool in tools}
+            running = {pool.submit(run_tool, tool, sanitizer, arguments.paths or SANITIZED): tool for tool in tools}
             for done in concurrent.futures.as_completed(running):
                 record.setdefault("sanitizer", {})[running[done]] = done.result()
                 write()

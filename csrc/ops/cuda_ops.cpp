@@ -414,18 +414,22 @@ Tensor extend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& s
 
   const Device device(op, q);
   check_numbers(p, device.stream());
-  // The trilinear kernels get the requests of two tokens or more.
+  // The trilinear kernels get the requests of two tokens or more. Many of a batch are decode rows: for the plan the
+  // tokens are those of a few longer ones.
+  constexpr int64_t kLikelyTokens = 512;
   const int64_t most_requests = std::min(p.requests, p.tokens / 2);
-  attention.sizes.num_seqs = most_requests;
+  attention.sizes.num_seqs = std::min(most_requests, std::max<int64_t>(1, p.tokens / kLikelyTokens));
   Plan plan = plan_for(attention, false, false, true, device);
-  if (plan.family == Family::kSm90) {
-    // Requests come first in the table and nothing behind them, but how many there are the host does not know: blocks
-    // that take turns at the items make the absent ones cheap, several to an SM even out unlike lengths.
-    constexpr int64_t kBlocksPerSm = 8;
+  attention.sizes.num_seqs = most_requests;
+  plan.num_units = most_requests + p.tokens / plan.segment_len;
+  const bool is_cut = plan.num_segments > 1, is_sm90 = plan.family == Family::kSm90;
+  if (is_sm90) {
+    // How many units there are the host does not know: blocks that take turns at them make the absent ones cheap,
+    // several to an SM even out unlike lengths, which few tokens do not have.
+    const int64_t blocks_per_sm = p.tokens < 2 * kLikelyTokens ? 1 : 8;
     const int cluster = plan.clusters[0];
-    plan.max_blocks[0] = kBlocksPerSm * std::max(device.props().num_sms / cluster, 1) * cluster;
+    plan.max_blocks[0] = blocks_per_sm * std::max(device.props().num_sms / cluster, 1) * cluster;
   }
-  const bool is_cut = plan.num_segments > 1;
 
   const Tensor tables_memory = empty_contiguous(q, {table_elements(p, plan)}, ScalarType::Long);
   simt::ExtendTables tables = extend_tables(tables_memory, p, plan);
@@ -433,9 +437,15 @@ Tensor extend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& s
       empty_contiguous(q, {is_cut ? most_requests : 0, p.heads, p.dim_k, p.dim_v}, attention.accumulation);
   const MutableState dense = is_cut ? dense_states(dense_memory, p) : MutableState{nullptr, 0, 0, 0, 0};
   tables.dense_count = is_cut ? most_requests : 0;
+  // On Hopper requests of one segment, which come last, have no part in the passes before the main one: a longer one
+  // has at most two segments for each segment_len tokens.
+  const int64_t all_units = plan.num_units;
+  if (is_sm90 && is_cut) plan.num_units = std::min(all_units, 2 * p.tokens / plan.segment_len);
+  tables.long_units = plan.num_units;
+  tables.long_len = is_cut ? plan.segment_len : 2 * p.tokens / std::max<int64_t>(p.requests, 1);
   check_cuda(op, "launching the plan", simt::launch_extend_plan(p, tables, device.stream()));
 
-  TrilinearParams params = common_params(attention, plan);
+  TrilinearParams params = common_params(attention, plan);  // num_units of the passes before the main one
   params.units = tables.units;
   params.num_jobs = 1;
   TrilinearJob& job = params.jobs[0];  // out = T(q, k, v)
@@ -462,7 +472,7 @@ Tensor extend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& s
     launch_states(attention, plan, 0, snapshots, false, device.stream());
   }
 
-  check_cuda(op, "launching the short requests", simt::launch_extend_rows(p, tables, dense, device.stream()));
+  check_cuda(op, "launching the short requests", simt::launch_extend_rows(p, tables, dense, is_sm90, device.stream()));
   if (most_requests == 0) return out;
   // Segments run side by side: the last one may be done with a slot before the first one reads it.
   job.initial = is_cut ? with_slots(dense, tables.dense_slots) : with_slots(p.state, tables.read_slots);
@@ -471,6 +481,7 @@ Tensor extend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& s
   const Tensor local = empty_local_states(attention, plan, 0, p.dim_k, p.dim_v);
   job.local = local_state(local, p.dim_v);
   enter_segments(attention, plan, 0, params, false, device.stream());
+  params.num_units = all_units;
   launch(attention, plan, 0, params, false, false, device.stream());
   return out;
 }

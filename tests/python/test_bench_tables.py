@@ -11,6 +11,7 @@ from lightning_attn2_ext.bench import (
     compare,
     decode,
     entries,
+    extend,
     layer,
     machine,
     memory,
@@ -177,6 +178,44 @@ def test_decode_refuses_a_wrong_step(monkeypatch, capsys):
     assert "WRONG RESULT, no figures: la2, batch 1" in capsys.readouterr().out
 
 
+QUICK_EXTEND = ["--quick", "--device", "cpu", "--heads", "2", "--head-dim", "16"]
+
+
+@pytest.mark.parametrize("pool", ("fp32", "bf16"))
+def test_extend(tmp_path, capsys, pool):
+    target = tmp_path / "out.json"
+    assert extend.main([*QUICK_EXTEND, "--pool", pool, "--json", str(target)]) == 0
+    rows = results(target)["results"]
+    assert all(r["passed"] and r["ms"] > 0 for r in rows)
+    kinds = {"300 tokens, uniform", "300 tokens, skewed", "300 tokens, random"}
+    for name in (extend.EXTEND, extend.SNAPSHOTS, extend.FORWARD):
+        assert {r["shape"] for r in rows if r["op"] == name} >= kinds
+    decoders = {r["op"] for r in rows if r["shape"] == "6 decode rows"}
+    assert decoders == ({extend.EXTEND, extend.DECODE} if pool == "fp32" else {extend.EXTEND})
+    assert "of floor" in capsys.readouterr().out
+
+
+def test_lengths_of_extend():
+    for kind in ("uniform", "skewed", "random"):
+        lengths = extend.lengths_of(kind, 7, 300)
+        assert len(lengths) == 7 and sum(lengths) == 300 and min(lengths) > 0
+    assert extend.lengths_of("skewed", 7, 300)[0] == 150
+    assert extend.lengths_of("uniform", 1, 300) == extend.lengths_of("skewed", 1, 300) == [300]
+
+
+def test_extend_refuses_a_wrong_result(monkeypatch, capsys):
+    true_op = torch.ops.la2.extend
+
+    def forgets(q, k, v, state, *args, **options):
+        state.mul_(0.999)
+        return true_op(q, k, v, state, *args, **options)
+
+    forgets.default = true_op.default
+    monkeypatch.setattr(torch.ops.la2, "extend", forgets)
+    assert extend.main(QUICK_EXTEND) == 1
+    assert "WRONG RESULT, not timed: la2::extend" in capsys.readouterr().out
+
+
 def test_accuracy(tmp_path, capsys):
     target = tmp_path / "out.json"
     options = ["--device", "cpu", "--heads", "2", "--head-dim", "16", "--lengths", "70", "--dtype", "bf16"]
@@ -261,7 +300,7 @@ def test_no_cuda_is_said(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("benchmark", [compare, speed, memory, decode, accuracy, train])
+@pytest.mark.parametrize("benchmark", [compare, speed, memory, decode, extend, accuracy, train])
 def test_on_a_gpu(benchmark, tmp_path):
     target = tmp_path / "out.json"
     assert benchmark.main(["--quick", "--device", "cuda", "--json", str(target)]) == 0

@@ -19,8 +19,12 @@ struct ExtendTables {
   int64_t* write_slots;  // [requests]
   // [requests]: where the initial state of a request with two tokens or more is copied to if is_cut, in order; else -1.
   int64_t* dense_slots;
-  UnitEntry* units;  // [num_units], of requests with two tokens or more, which are no padding; states are requests
-  int64_t num_units, segment_len, dense_count;
+  // [num_units], of requests with two tokens or more, which are no padding; states are requests. Those of more than
+  // long_len tokens come first.
+  UnitEntry* units;
+  int64_t num_units, segment_len, long_len;
+  int64_t long_units;             // at most, of those
+  int64_t dense_count;            // states that there is room for
   UnitEntry* snapshot_units;      // [snapshots], states are snapshots
   int64_t* snapshot_read_slots;   // [snapshots]
   int64_t* snapshot_write_slots;  // [snapshots]
@@ -30,8 +34,8 @@ cudaError_t launch_extend_plan(const ExtendParams& params, const ExtendTables& t
 
 // Requests of one token: output and state. Of no token: the state moves from slot to slot. Padding and the rows behind
 // the last request: zero. `dense`: the initial states of all others, [.., H, D, E] in the accumulation dtype
-// (data == nullptr: not wanted).
+// (data == nullptr: not wanted). overlaps: as of launch_combine.
 cudaError_t launch_extend_rows(const ExtendParams& params, const ExtendTables& tables, const MutableState& dense,
-                               cudaStream_t stream);
+                               bool overlaps, cudaStream_t stream);
 
 }  // namespace la2::simt

@@ -1,8 +1,10 @@
 // Who does what in an extend: read from the device's cu_seqlens, slots and snapshots, by one block.
 #pragma once
 
+#include "../ptx/launch_order.cuh"
 #include "extend.h"
 #include "indices.cuh"
+#include "units.cuh"
 
 namespace la2::simt {
 
@@ -34,10 +36,36 @@ __device__ inline PlanSums sums_before(PlanSums own, PlanSums* all, PlanSums (&o
   return before;
 }
 
-// Tables of ExtendTables. One block; a thread takes every 256th request.
+// Request r of every table that has one entry for each, and its snapshots.
+__device__ inline void describe_request(const ExtendParams& params, const ExtendTables& to, int64_t r) {
+  const int64_t begin = clamped_index(params.cu_seqlens, r, params.tokens);
+  const int64_t end = clamped_index(params.cu_seqlens, r + 1, params.tokens);
+  const int64_t length = end > begin ? end - begin : 0;
+  const int64_t named = params.read_slots.data != nullptr ? index_at(params.read_slots, r) : r;
+  const int64_t read = slot_within(named, params.slots);
+  const int64_t write =
+      slot_within(params.write_slots.data != nullptr ? index_at(params.write_slots, r) : named, params.slots);
+  const bool starts_from_zero = params.has_initial_state != nullptr && !params.has_initial_state[r];
+  to.begins[r] = begin;
+  to.lengths[r] = length;
+  to.read_slots[r] = read < 0 && write < 0 ? kPadding : starts_from_zero ? -1 : read;
+  to.write_slots[r] = write;
+  to.dense_slots[r] = -1;
+  if (params.snapshots == 0) return;
+  const int64_t last = clamped_index(params.snapshot_offsets, r + 1, params.snapshots);
+  for (int64_t m = clamped_index(params.snapshot_offsets, r, params.snapshots); m < last; ++m) {
+    const int64_t count = clamped_index(params.snapshot_tokens, m, length);
+    to.snapshot_units[m] = {begin, count, static_cast<int32_t>(r), static_cast<int32_t>(m), 0, 0};
+    to.snapshot_read_slots[m] = starts_from_zero ? -1 : read;
+    to.snapshot_write_slots[m] = slot_within(index_at(params.snapshot_slots, m), params.slots);
+  }
+}
+
+// Fills the tables. One block; a thread has every 256th request.
 __global__ void __launch_bounds__(kPlanThreads)
     la2_extend_plan_simt_kernel(const __grid_constant__ ExtendParams params, const __grid_constant__ ExtendTables to) {
   __shared__ PlanSums of_warps[kPlanWarps];
+  ptx::launch_dependents();
 
   // A snapshot that no request owns writes nothing.
   for (int64_t m = threadIdx.x; m < params.snapshots; m += kPlanThreads) {
@@ -45,55 +73,30 @@ __global__ void __launch_bounds__(kPlanThreads)
     to.snapshot_read_slots[m] = to.snapshot_write_slots[m] = -1;
   }
   __syncthreads();
+  for (int64_t r = threadIdx.x; r < params.requests; r += kPlanThreads) describe_request(params, to, r);
 
+  // Units: the long requests' first.
   PlanSums done{0, 0};
-  for (int64_t first = 0; first < params.requests; first += kPlanThreads) {
-    const int64_t r = first + threadIdx.x;
-    const bool exists = r < params.requests;
-    int64_t begin = 0, length = 0;
-    bool is_live = false;
-    if (exists) {
-      begin = clamped_index(params.cu_seqlens, r, params.tokens);
-      const int64_t end = clamped_index(params.cu_seqlens, r + 1, params.tokens);
-      length = end > begin ? end - begin : 0;
-      const int64_t named = params.read_slots.data != nullptr ? index_at(params.read_slots, r) : r;
-      const int64_t read = slot_within(named, params.slots);
-      const int64_t write =
-          slot_within(params.write_slots.data != nullptr ? index_at(params.write_slots, r) : named, params.slots);
-      const bool is_padding = read < 0 && write < 0;
-      const bool starts_from_zero = params.has_initial_state != nullptr && !params.has_initial_state[r];
-      is_live = length > 1 && !is_padding;
-      to.begins[r] = begin;
-      to.lengths[r] = length;
-      to.read_slots[r] = is_padding ? kPadding : starts_from_zero ? -1 : read;
-      to.write_slots[r] = write;
-      if (params.snapshots > 0) {
-        const int64_t last = clamped_index(params.snapshot_offsets, r + 1, params.snapshots);
-        for (int64_t m = clamped_index(params.snapshot_offsets, r, params.snapshots); m < last; ++m) {
-          to.snapshot_units[m] = {begin,
-                                  clamped_index(params.snapshot_tokens, m, length),
-                                  static_cast<int32_t>(r),
-                                  static_cast<int32_t>(m),
-                                  0,
-                                  0};
-          to.snapshot_read_slots[m] = starts_from_zero ? -1 : read;
-          to.snapshot_write_slots[m] = slot_within(index_at(params.snapshot_slots, m), params.slots);
-        }
+  for (int turn = 0; turn < 2; ++turn) {
+    for (int64_t first = 0; first < params.requests; first += kPlanThreads) {
+      const int64_t r = first + threadIdx.x;
+      int64_t length = 0;
+      if (r < params.requests && to.read_slots[r] != kPadding) length = to.lengths[r];
+      const bool is_live = length > 1 && (length > to.long_len) == (turn == 0);
+      const int64_t segments = is_live ? segments_of(length, to.segment_len) : 0;
+      PlanSums all;
+      PlanSums before = sums_before({segments, is_live}, &all, of_warps);
+      before = {done.units + before.units, done.requests + before.requests};
+      done = {done.units + all.units, done.requests + all.requests};
+      if (!is_live) continue;
+      // Rows that overlap, as those of offsets that nobody checked may, are more than there is room for.
+      if (before.requests < to.dense_count) to.dense_slots[r] = before.requests;
+      const bool fits = before.units + segments <= (turn == 0 ? to.long_units : to.num_units);
+      for (int64_t i = before.units; i < to.num_units && i < before.units + segments; ++i) {
+        const int32_t segment = fits ? static_cast<int32_t>(i - before.units) : -1;
+        to.units[i] = {to.begins[r], length, static_cast<int32_t>(r), static_cast<int32_t>(r), segment, 0};
       }
     }
-
-    const int64_t segments = is_live ? (length + to.segment_len - 1) / to.segment_len : 0;
-    PlanSums all;
-    PlanSums before = sums_before({segments, is_live}, &all, of_warps);
-    before = {done.units + before.units, done.requests + before.requests};
-    // Rows that overlap, as those of offsets that nobody checked may, are more than there is room for.
-    if (exists) to.dense_slots[r] = is_live && before.requests < to.dense_count ? before.requests : -1;
-    const bool fits = before.units + segments <= to.num_units;
-    for (int64_t i = before.units; i < to.num_units && i < before.units + segments; ++i) {
-      const int32_t segment = fits ? static_cast<int32_t>(i - before.units) : -1;
-      to.units[i] = {begin, length, static_cast<int32_t>(r), static_cast<int32_t>(r), segment, 0};
-    }
-    done = {done.units + all.units, done.requests + all.requests};
   }
   for (int64_t i = done.units + threadIdx.x; i < to.num_units; i += kPlanThreads) to.units[i] = {0, 0, 0, 0, -1, 0};
 }

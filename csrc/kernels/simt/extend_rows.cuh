@@ -12,8 +12,8 @@
 
 namespace la2::simt {
 
-// Blocks in place of a request that share the rows behind the last one.
-constexpr int kTailBlocks = 8;
+// Blocks in place of a request that share the rows behind the last one, for each head and slice.
+__host__ __device__ inline int64_t tail_blocks(int64_t tokens) { return tokens < 2048 ? 1 : 8; }
 
 // kLoads vectors of the state a thread, as decode's. P: the state's element in memory.
 template <class T, class P_, int kMaxDimK, bool kVector>
@@ -46,7 +46,7 @@ __device__ __forceinline__ ExtendWork find_extend_work(const ExtendParams& param
   const int64_t request = work.request = blockIdx.x / num_slices / heads;
   if (request >= params.requests) {
     const int64_t end = index_at(params.cu_seqlens, params.requests);
-    work.zero_step = kTailBlocks;
+    work.zero_step = tail_blocks(params.tokens);
     work.zero_row = max(end, int64_t{0}) + request - params.requests;
     work.zero_end = params.tokens;
     return work;
@@ -166,7 +166,7 @@ __device__ __forceinline__ void move_to(const ExtendParams& params, const Extend
     store(state_part<P>(params.state, work.write_slot, work.place, col, dim), params.state);
 }
 
-// Grid: slices x heads x (requests + kTailBlocks), slices fastest. `dense` has the pool's order.
+// Grid: slices x heads x (requests + tail_blocks), slices fastest. `dense` has the pool's order.
 template <class Cfg>
 __global__ void __launch_bounds__(kDecodeThreads)
     la2_extend_columns_simt_kernel(const __grid_constant__ ExtendParams params,
@@ -178,6 +178,7 @@ __global__ void __launch_bounds__(kDecodeThreads)
   __shared__ DecodeToken<Acc, Cfg::kSlice> token;
   __shared__ Acc partial[kDecodeWarps][Cfg::kSlice];
 
+  ptx::wait_for_previous_kernel();
   ptx::launch_dependents();
   const ExtendWork work = find_extend_work<Cfg::kSlice>(params, tables, dense.data != nullptr);
   const DecodePlace& place = work.place;
@@ -260,6 +261,7 @@ __global__ void __launch_bounds__(kDecodeThreads)
   using Acc = typename Cfg::Acc;
   __shared__ DecodeToken<Acc, Cfg::kSlice> token;
 
+  ptx::wait_for_previous_kernel();
   ptx::launch_dependents();
   const ExtendWork work = find_extend_work<Cfg::kSlice>(params, tables, dense.data != nullptr);
   const DecodePlace& place = work.place;

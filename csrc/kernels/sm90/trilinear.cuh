@@ -415,6 +415,13 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
   const TrilinearJob& job = p.jobs[blockIdx.y];
   const JobMaps* job_maps = &maps.jobs[blockIdx.y];
   const int cluster = static_cast<int>(ptx::cluster_size());
+  if (p.units != nullptr) {  // more blocks than the device found units for: nothing to do
+    const Schedule schedule(job, Cfg::kSlice);
+    if (p.units[schedule.first() / schedule.slice_groups / static_cast<int>(p.sizes.heads)].segment < 0) {
+      if (blockIdx.x == 0) ptx::wait_for_previous_kernel();  // as below
+      return;
+    }
+  }
 
   if (threadIdx.x == 0) {
     constexpr int kWarpsOfRole = 4;
