@@ -90,25 +90,30 @@ struct BackwardParams {
   void* grad_slope;                 // [num_seqs, H] contiguous, accumulation dtype; nullptr: not wanted
 };
 
-// One token a row against a pool of states, updated in place. Row i uses slot state_indices[i]; a negative
-// slot is padding (state untouched, output row zero). No indices: row i uses slot i.
-struct DecodeParams {
-  int64_t rows, heads, dim_k, dim_v, slots;
-  DType dtype;
-  Rows q, k;                  // [rows, H, D]: stride_b is the row stride, stride_n unused
-  Rows v;                     // [rows, H, E]
-  MutableRows out;            // [rows, H, E]
-  MutableState state;         // [slots, H, D, E], accumulation dtype
-  Slopes slope;               // [H] or [rows, H]
-  const void* state_indices;  // [rows] or nullptr
-  bool indices_are_int64;
-  double scale;
-};
-
 // int32 or int64 numbers; data == nullptr: not given.
 struct Indices {
   const void* data;
   bool is_int64;
+};
+
+// Up to 16 tokens a row against a pool of states, one after the other. Row i uses slot state_indices[i]; a negative
+// slot is padding (state untouched, output rows zero). No indices: row i uses slot i. decode: one token; verify:
+// several, the states stay as they are; commit: the first num_accepted[i] of several, no outputs (none accepted:
+// nothing is written).
+constexpr int kMaxRecurrentTokens = 16;
+struct RecurrentParams {
+  int64_t rows, tokens, heads, dim_k, dim_v, slots;
+  DType dtype;
+  Rows q, k;           // [rows, T, H, D]: stride_b is the row's stride; q.data == nullptr: no outputs
+  Rows v;              // [rows, T, H, E]
+  MutableRows out;     // [rows, T, H, E]
+  MutableState state;  // [slots, H, D, E], accumulation dtype or bfloat16
+  bool writes_state;
+  Slopes slope;               // [H] or [rows, H]
+  const void* state_indices;  // [rows] or nullptr
+  bool indices_are_int64;
+  Indices num_accepted;  // [rows], clamped to 0 .. T; not given: T
+  double scale;
 };
 
 // Packed new tokens of many requests against a pool of states. Request r is tokens [cu_seqlens[r], cu_seqlens[r + 1]),

@@ -99,9 +99,9 @@ Tensor readable_rows(const Tensor& t) {
   return copy;
 }
 
-// q, k and v against each other. `rank` is 4 ([B, H, N, D]) or 3 ([B, H, D]).
-void check_qkv(const char* op, DeviceType device, const Tensor& q, const Tensor& k, const Tensor& v, int64_t rank) {
-  const char* want = rank == 4 ? "[batch, heads, length, head_dim]" : "[rows, heads, head_dim]";
+// q, k and v against each other; of commit, which has no q, k is in its place.
+void check_qkv(const char* op, DeviceType device, const Tensor& q, const Tensor& k, const Tensor& v, int64_t rank,
+               const char* want) {
   check_rank(op, "q", q, rank, want);
   check_rank(op, "k", k, rank, want);
   check_rank(op, "v", v, rank, want);
@@ -156,7 +156,7 @@ bool is_index(const Tensor& t) { return t.scalar_type() == ScalarType::Int || t.
 
 // A contiguous int32 or int64 [size]; size -1: any.
 OptTensor check_indices(const char* op, const char* name, const OptTensor& t, DeviceType device, const Tensor& q,
-                        int64_t size, const char* want) {
+                        int64_t size, const std::string& want) {
   if (!t) return {};
   check_device(op, name, *t, device, q);
   if (!is_index(*t)) fail(op, ": ", name, ".dtype is ", dtype_name(t->scalar_type()), ", expected int32 or int64");
@@ -170,6 +170,25 @@ Indices indices(const OptTensor& t) {
   return {t->const_data_ptr(), t->scalar_type() == ScalarType::Long};
 }
 
+// A pool of states, bfloat16 or of the accumulation dtype.
+MutableState check_pool(const char* op, DeviceType device, const Tensor& state, const Tensor& q, int64_t heads,
+                        int64_t dim_k, int64_t dim_v, ScalarType accumulation) {
+  check_device(op, "state", state, device, q);
+  const bool is_bf16 = accumulation == ScalarType::Float && state.scalar_type() == ScalarType::BFloat16;
+  if (!is_bf16 && state.scalar_type() != accumulation)
+    fail(op, ": state.dtype is ", dtype_name(state.scalar_type()), ", expected ",
+         accumulation == ScalarType::Double ? "float64 for float64 inputs" : "float32 or bfloat16");
+  if (state.dim() != 4 || state.size(1) != heads || state.size(2) != dim_k || state.size(3) != dim_v)
+    fail(op, ": state has shape ", shape_text(state), ", expected [slots, ", heads, ", ", dim_k, ", ", dim_v,
+         "] (slots, heads, key dim, value dim)");
+  for (int64_t i = 0; i < 4; ++i)
+    if (state.stride(i) == 0 && state.size(i) > 1)
+      fail(op, ": state.stride(", i, ") is 0, expected every element of an updated state to have its own memory");
+  MutableState pool = mutable_state(state);
+  pool.is_bf16 = is_bf16;
+  return pool;
+}
+
 // [tokens, H, dim] as the rows of one batch row.
 Rows token_rows(const Tensor& t) { return {t.const_data_ptr(), 0, t.stride(1), t.stride(0)}; }
 
@@ -178,7 +197,7 @@ Rows token_rows(const Tensor& t) { return {t.const_data_ptr(), 0, t.stride(1), t
 Attention check_attention(const char* op, DeviceType device, const Tensor& q, const Tensor& k, const Tensor& v,
                           const OptTensor& slope, const OptTensor& initial_state, const OptTensor& cu_seqlens,
                           double scale) {
-  check_qkv(op, device, q, k, v, 4);
+  check_qkv(op, device, q, k, v, 4, "[batch, heads, length, head_dim]");
   Attention args;
   args.op = op;
   args.scale = scale;
@@ -240,59 +259,65 @@ OptTensor check_grad_final_state(const Attention& args, const OptTensor& grad_fi
   return grad_final_state;
 }
 
-Decode check_decode(DeviceType device, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& state,
-                    const OptTensor& slope, const OptTensor& state_indices, double scale) {
-  const char* op = "la2::decode";
-  check_qkv(op, device, q, k, v, 3);
-  Decode args;
-  DecodeParams& p = args.params;
-  p.rows = q.size(0);
-  p.heads = q.size(1);
-  p.dim_k = q.size(2);
-  p.dim_v = v.size(2);
-  p.dtype = kernel_dtype(op, q.scalar_type());
+Recurrent check_recurrent(const char* op, DeviceType device, const OptTensor& given_q, const Tensor& k, const Tensor& v,
+                          const Tensor& state, const OptTensor& slope, const OptTensor& state_indices,
+                          const OptTensor& num_accepted, bool has_tokens, double scale) {
+  const Tensor& q = given_q ? *given_q : k;
+  check_qkv(op, device, q, k, v, has_tokens ? 4 : 3,
+            has_tokens ? "[rows, tokens, heads, head_dim]" : "[rows, heads, head_dim]");
+  const int64_t h = has_tokens ? 2 : 1;  // the dim of heads
+  Recurrent args;
+  RecurrentParams& p = args.params;
+  p.rows = k.size(0);
+  p.tokens = has_tokens ? k.size(1) : 1;
+  p.heads = k.size(h);
+  p.dim_k = k.size(h + 1);
+  p.dim_v = v.size(h + 1);
+  p.dtype = kernel_dtype(op, k.scalar_type());
   p.scale = scale;
+  p.out = {};
+  p.writes_state = true;
+  if (p.tokens < 1 || p.tokens > kMaxRecurrentTokens)
+    fail(op, ": k.shape[1] is ", p.tokens, ", expected 1 to ", kMaxRecurrentTokens, " tokens");
   const ScalarType accumulation = p.dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
-
-  check_device(op, "state", state, device, q);
-  check_dtype(op, "state", state, accumulation, "");
-  if (state.dim() != 4 || state.size(1) != p.heads || state.size(2) != p.dim_k || state.size(3) != p.dim_v)
-    fail(op, ": state has shape ", shape_text(state), ", expected [slots, ", p.heads, ", ", p.dim_k, ", ", p.dim_v,
-         "] (slots, heads, key dim, value dim)");
-  for (int64_t i = 0; i < 4; ++i)
-    if (state.stride(i) == 0 && state.size(i) > 1)
-      fail(op, ": state.stride(", i, ") is 0, expected every element of an updated state to have its own memory");
+  p.state = check_pool(op, device, state, q, p.heads, p.dim_k, p.dim_v, accumulation);
   p.slots = state.size(0);
+  args.state = state;
 
-  if (state_indices) {
-    const Tensor& indices = *state_indices;
-    check_device(op, "state_indices", indices, device, q);
-    if (!is_index(indices))
-      fail(op, ": state_indices.dtype is ", dtype_name(indices.scalar_type()), ", expected int32 or int64");
-    if (indices.dim() != 1 || indices.size(0) != p.rows)
-      fail(op, ": state_indices has shape ", shape_text(indices), ", expected [", p.rows, "], one slot for each row");
-    args.state_indices = indices.is_contiguous() ? indices : torch::stable::contiguous(indices);
-  } else if (p.slots != p.rows) {
+  const std::string per_row = "[" + std::to_string(p.rows) + "], one for each row";
+  args.state_indices = check_indices(op, "state_indices", state_indices, device, q, p.rows, per_row);
+  args.num_accepted = check_indices(op, "num_accepted", num_accepted, device, q, p.rows, per_row);
+  if (!state_indices && p.slots != p.rows)
     fail(op, ": state.shape[0] is ", p.slots, ", expected ", p.rows,
          " (one state for each row; pass state_indices to use a larger pool)");
-  }
   if (slope) {
     check_slope(op, device, *slope, q, p.rows, p.heads, accumulation);
     args.slope = slope;
   }
 
-  args.q = readable_rows(q);
   args.k = readable_rows(k);
+  args.q = given_q ? readable_rows(q) : args.k;
   args.v = readable_rows(v);
-  args.state = state;
-  p.q = {args.q.const_data_ptr(), args.q.stride(0), args.q.stride(1), 0};
-  p.k = {args.k.const_data_ptr(), args.k.stride(0), args.k.stride(1), 0};
-  p.v = {args.v.const_data_ptr(), args.v.stride(0), args.v.stride(1), 0};
-  p.state = mutable_state(state);
+  auto view = [&](const Tensor& t) {
+    return Rows{t.const_data_ptr(), t.stride(0), t.stride(h), has_tokens ? t.stride(1) : 0};
+  };
+  p.q = given_q ? view(args.q) : Rows{};
+  p.k = view(args.k);
+  p.v = view(args.v);
   p.slope = slopes(args.slope);
-  p.state_indices = args.state_indices ? args.state_indices->const_data_ptr() : nullptr;
-  p.indices_are_int64 = args.state_indices && args.state_indices->scalar_type() == ScalarType::Long;
+  p.state_indices = indices(args.state_indices).data;
+  p.indices_are_int64 = indices(args.state_indices).is_int64;
+  p.num_accepted = indices(args.num_accepted);
   return args;
+}
+
+Tensor empty_recurrent_out(const Recurrent& args, bool has_tokens) {
+  const RecurrentParams& p = args.params;
+  if (has_tokens) return empty_contiguous(args.k, {p.rows, p.tokens, p.heads, p.dim_v}, args.k.scalar_type());
+  return empty_contiguous(args.k, {p.rows, p.heads, p.dim_v}, args.k.scalar_type());
+}
+MutableRows recurrent_out(const Tensor& out, bool has_tokens) {
+  return {out.mutable_data_ptr(), out.stride(0), out.stride(has_tokens ? 2 : 1), has_tokens ? out.stride(1) : 0};
 }
 
 Extend check_extend(DeviceType device, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& state,
@@ -300,7 +325,7 @@ Extend check_extend(DeviceType device, const Tensor& q, const Tensor& k, const T
                     const OptTensor& write_slots, const OptTensor& has_initial_state, const OptTensor& snapshot_offsets,
                     const OptTensor& snapshot_tokens, const OptTensor& snapshot_slots, double scale) {
   const char* op = "la2::extend";
-  check_qkv(op, device, q, k, v, 3);
+  check_qkv(op, device, q, k, v, 3, "[tokens, heads, head_dim]");
   Extend args;
   Attention& a = args.attention;
   ExtendParams& p = args.params;
@@ -322,25 +347,13 @@ Extend check_extend(DeviceType device, const Tensor& q, const Tensor& k, const T
   p.dim_v = v.size(2);
   a.sizes = {1, p.heads, p.tokens, p.dim_k, p.dim_v, p.requests};
 
-  check_device(op, "state", state, device, q);
-  const bool is_bf16 = a.accumulation == ScalarType::Float && state.scalar_type() == ScalarType::BFloat16;
-  if (!is_bf16 && state.scalar_type() != a.accumulation)
-    fail(op, ": state.dtype is ", dtype_name(state.scalar_type()), ", expected ",
-         a.accumulation == ScalarType::Double ? "float64 for float64 inputs" : "float32 or bfloat16");
-  if (state.dim() != 4 || state.size(1) != p.heads || state.size(2) != p.dim_k || state.size(3) != p.dim_v)
-    fail(op, ": state has shape ", shape_text(state), ", expected [slots, ", p.heads, ", ", p.dim_k, ", ", p.dim_v,
-         "] (slots, heads, key dim, value dim)");
-  for (int64_t i = 0; i < 4; ++i)
-    if (state.stride(i) == 0 && state.size(i) > 1)
-      fail(op, ": state.stride(", i, ") is 0, expected every element of an updated state to have its own memory");
-  args.state = state;
+  p.state = check_pool(op, device, state, q, p.heads, p.dim_k, p.dim_v, a.accumulation);
   p.slots = state.size(0);
-  p.state = mutable_state(state);
-  p.state.is_bf16 = is_bf16;
+  args.state = state;
 
   const std::string per_request = "[" + std::to_string(p.requests) + "], one for each request";
-  args.read_slots = check_indices(op, "read_slots", read_slots, device, q, p.requests, per_request.c_str());
-  args.write_slots = check_indices(op, "write_slots", write_slots, device, q, p.requests, per_request.c_str());
+  args.read_slots = check_indices(op, "read_slots", read_slots, device, q, p.requests, per_request);
+  args.write_slots = check_indices(op, "write_slots", write_slots, device, q, p.requests, per_request);
   if (!read_slots && p.slots < p.requests)
     fail(op, ": state.shape[0] is ", p.slots, ", expected at least ", p.requests,
          " (one state for each request; pass read_slots where they are elsewhere)");

@@ -30,17 +30,23 @@ Attention check_attention(const char* op, DeviceType device, const Tensor& q, co
 Tensor check_grad_out(const Attention& args, const Tensor& grad_out);
 OptTensor check_grad_final_state(const Attention& args, const OptTensor& grad_final_state);
 
-struct Decode {
-  Tensor q, k;              // [rows, H, D]
-  Tensor v;                 // [rows, H, E]
-  Tensor state;             // [slots, H, D, E], updated in place
-  OptTensor slope;          // [H] or [rows, H]
-  OptTensor state_indices;  // [rows] int32 or int64
-  DecodeParams params;      // everything but `out`
+// Arguments of decode (has_tokens: false), verify and commit (no q).
+struct Recurrent {
+  Tensor q, k;                            // [rows, H, D] or [rows, T, H, D]; without q: q is k
+  Tensor v;                               // [rows, H, E] or [rows, T, H, E]
+  Tensor state;                           // [slots, H, D, E]
+  OptTensor slope;                        // [H] or [rows, H]
+  OptTensor state_indices, num_accepted;  // [rows] int32 or int64
+  RecurrentParams params;                 // everything but `out`
 };
 
-Decode check_decode(DeviceType device, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& state,
-                    const OptTensor& slope, const OptTensor& state_indices, double scale);
+Recurrent check_recurrent(const char* op, DeviceType device, const OptTensor& q, const Tensor& k, const Tensor& v,
+                          const Tensor& state, const OptTensor& slope, const OptTensor& state_indices,
+                          const OptTensor& num_accepted, bool has_tokens, double scale);
+
+// [rows, H, E] or [rows, T, H, E], and where the kernels write it.
+Tensor empty_recurrent_out(const Recurrent& args, bool has_tokens);
+MutableRows recurrent_out(const Tensor& out, bool has_tokens);
 
 // What la2::extend is asked to do. The tensors are here to outlive the call.
 struct Extend {

@@ -99,25 +99,47 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_o
 }
 
 template <class Int>
-void check_slots(const Int* slots, int64_t rows, int64_t num_slots) {
+void check_slots(const char* op, const Int* slots, int64_t rows, int64_t num_slots) {
   for (int64_t i = 0; i < rows; ++i)
     if (slots[i] >= num_slots)
-      fail("la2::decode: state_indices[", i, "] is ", slots[i], ", expected less than the ", num_slots,
-           " slots of state");
+      fail(op, ": state_indices[", i, "] is ", slots[i], ", expected less than the ", num_slots, " slots of state");
+}
+
+// decode, verify and commit: the states of `args` go on by its tokens; `out` where it is wanted.
+void run_recurrent(const char* op, Recurrent& args, const Tensor* out, bool has_tokens) {
+  RecurrentParams& p = args.params;
+  if (p.state_indices && p.indices_are_int64)
+    check_slots(op, static_cast<const int64_t*>(p.state_indices), p.rows, p.slots);
+  if (p.state_indices && !p.indices_are_int64)
+    check_slots(op, static_cast<const int32_t*>(p.state_indices), p.rows, p.slots);
+  if (out) p.out = recurrent_out(*out, has_tokens);
+  check_memory(op, cpu::kernels().recurrent(p, torch_threads()));
 }
 
 Tensor decode(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& state, const OptTensor& slope,
               const OptTensor& state_indices, double scale) {
-  Decode args = check_decode(kDevice, q, k, v, state, slope, state_indices, scale);
-  DecodeParams& p = args.params;
-  if (p.state_indices && p.indices_are_int64)
-    check_slots(static_cast<const int64_t*>(p.state_indices), p.rows, p.slots);
-  if (p.state_indices && !p.indices_are_int64)
-    check_slots(static_cast<const int32_t*>(p.state_indices), p.rows, p.slots);
-  Tensor out = empty_contiguous(q, {p.rows, p.heads, p.dim_v}, q.scalar_type());
-  p.out = {out.mutable_data_ptr(), out.stride(0), out.stride(1), 0};
-  check_memory("la2::decode", cpu::kernels().decode(p, torch_threads()));
+  const char* op = "la2::decode";
+  Recurrent args = check_recurrent(op, kDevice, q, k, v, state, slope, state_indices, {}, false, scale);
+  const Tensor out = empty_recurrent_out(args, false);
+  run_recurrent(op, args, &out, false);
   return out;
+}
+
+Tensor verify(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& state, const OptTensor& slope,
+              const OptTensor& state_indices, double scale) {
+  const char* op = "la2::verify";
+  Recurrent args = check_recurrent(op, kDevice, q, k, v, state, slope, state_indices, {}, true, scale);
+  args.params.writes_state = false;
+  const Tensor out = empty_recurrent_out(args, true);
+  run_recurrent(op, args, &out, true);
+  return out;
+}
+
+void commit(const Tensor& k, const Tensor& v, const Tensor& state, const Tensor& num_accepted, const OptTensor& slope,
+            const OptTensor& state_indices) {
+  const char* op = "la2::commit";
+  Recurrent args = check_recurrent(op, kDevice, {}, k, v, state, slope, state_indices, num_accepted, true, 1.0);
+  run_recurrent(op, args, nullptr, true);
 }
 
 Tensor extend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& state, const Tensor& cu_seqlens,
@@ -141,6 +163,8 @@ STABLE_TORCH_LIBRARY_IMPL(la2, CPU, m) {
   m.impl("forward_with_state", TORCH_BOX(&forward_with_state));
   m.impl("backward", TORCH_BOX(&backward));
   m.impl("decode", TORCH_BOX(&decode));
+  m.impl("verify", TORCH_BOX(&verify));
+  m.impl("commit", TORCH_BOX(&commit));
   m.impl("extend", TORCH_BOX(&extend));
 }
 

@@ -18,6 +18,13 @@ STABLE_TORCH_LIBRARY(la2, m) {
   m.def(
       "decode(Tensor q, Tensor k, Tensor v, Tensor(a!) state, Tensor? slope=None, *, Tensor? state_indices=None, "
       "float scale=1.0) -> Tensor");
+  // q, k [rows, T, H, D]; v, out [rows, T, H, E]; num_accepted [rows].
+  m.def(
+      "verify(Tensor q, Tensor k, Tensor v, Tensor state, Tensor? slope=None, *, Tensor? state_indices=None, "
+      "float scale=1.0) -> Tensor");
+  m.def(
+      "commit(Tensor k, Tensor v, Tensor(a!) state, Tensor num_accepted, Tensor? slope=None, *, "
+      "Tensor? state_indices=None) -> ()");
   // q, k [tokens, H, D]; v, out [tokens, H, E]; state [slots, H, D, E]; cu_seqlens, snapshot_offsets [R + 1]; slots and
   // has_initial_state [R]; slope [H] or [R, H].
   m.def(
