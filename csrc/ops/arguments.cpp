@@ -154,14 +154,14 @@ void check_offsets(const char* op, const Int* offsets, int64_t num_seqs, int64_t
 
 bool is_index(const Tensor& t) { return t.scalar_type() == ScalarType::Int || t.scalar_type() == ScalarType::Long; }
 
-// A contiguous int32 or int64 [size]; size -1: any.
+// A contiguous int32 or int64 [size]; size -1: any. `what` follows the wanted size in the complaint.
 OptTensor check_indices(const char* op, const char* name, const OptTensor& t, DeviceType device, const Tensor& q,
-                        int64_t size, const std::string& want) {
+                        int64_t size, const char* what) {
   if (!t) return {};
   check_device(op, name, *t, device, q);
   if (!is_index(*t)) fail(op, ": ", name, ".dtype is ", dtype_name(t->scalar_type()), ", expected int32 or int64");
   if (t->dim() != 1 || (size >= 0 && t->size(0) != size))
-    fail(op, ": ", name, " has shape ", shape_text(*t), ", expected ", want);
+    fail(op, ": ", name, " has shape ", shape_text(*t), ", expected [", size < 0 ? "" : std::to_string(size), what);
   return t->is_contiguous() ? *t : torch::stable::contiguous(*t);
 }
 
@@ -284,7 +284,7 @@ Recurrent check_recurrent(const char* op, DeviceType device, const OptTensor& gi
   p.slots = state.size(0);
   args.state = state;
 
-  const std::string per_row = "[" + std::to_string(p.rows) + "], one for each row";
+  const char* per_row = "], one for each row";
   args.state_indices = check_indices(op, "state_indices", state_indices, device, q, p.rows, per_row);
   args.num_accepted = check_indices(op, "num_accepted", num_accepted, device, q, p.rows, per_row);
   if (!state_indices && p.slots != p.rows)
@@ -337,7 +337,7 @@ Extend check_extend(DeviceType device, const Tensor& q, const Tensor& k, const T
   a.k = readable_rows(k);
   a.v = readable_rows(v);
 
-  a.cu_seqlens = check_indices(op, "cu_seqlens", cu_seqlens, device, q, -1, "[number of requests + 1]");
+  a.cu_seqlens = check_indices(op, "cu_seqlens", cu_seqlens, device, q, -1, "number of requests + 1]");
   if (a.cu_seqlens->size(0) < 1)
     fail(op, ": cu_seqlens has shape ", shape_text(cu_seqlens), ", expected [number of requests + 1]");
   p.tokens = q.size(0);
@@ -351,7 +351,7 @@ Extend check_extend(DeviceType device, const Tensor& q, const Tensor& k, const T
   p.slots = state.size(0);
   args.state = state;
 
-  const std::string per_request = "[" + std::to_string(p.requests) + "], one for each request";
+  const char* per_request = "], one for each request";
   args.read_slots = check_indices(op, "read_slots", read_slots, device, q, p.requests, per_request);
   args.write_slots = check_indices(op, "write_slots", write_slots, device, q, p.requests, per_request);
   if (!read_slots && p.slots < p.requests)
@@ -372,14 +372,12 @@ Extend check_extend(DeviceType device, const Tensor& q, const Tensor& k, const T
          : !snapshot_tokens ? "snapshot_tokens"
                             : "snapshot_slots",
          " is None, expected snapshot_offsets, snapshot_tokens and snapshot_slots together");
-  const std::string ends = "[" + std::to_string(p.requests + 1) + "], one for each request and one more";
-  args.snapshot_offsets =
-      check_indices(op, "snapshot_offsets", snapshot_offsets, device, q, p.requests + 1, ends.c_str());
-  args.snapshot_tokens = check_indices(op, "snapshot_tokens", snapshot_tokens, device, q, -1, "[number of snapshots]");
+  const char* ends = "], one for each request and one more";
+  args.snapshot_offsets = check_indices(op, "snapshot_offsets", snapshot_offsets, device, q, p.requests + 1, ends);
+  args.snapshot_tokens = check_indices(op, "snapshot_tokens", snapshot_tokens, device, q, -1, "number of snapshots]");
   p.snapshots = args.snapshot_tokens ? args.snapshot_tokens->size(0) : 0;
-  const std::string per_snapshot = "[" + std::to_string(p.snapshots) + "] as snapshot_tokens";
-  args.snapshot_slots =
-      check_indices(op, "snapshot_slots", snapshot_slots, device, q, p.snapshots, per_snapshot.c_str());
+  const char* per_snapshot = "] as snapshot_tokens";
+  args.snapshot_slots = check_indices(op, "snapshot_slots", snapshot_slots, device, q, p.snapshots, per_snapshot);
   if (slope) {
     check_slope(op, device, *slope, q, p.requests, p.heads, a.accumulation);
     a.slope = slope;

@@ -36,20 +36,25 @@ class Device {
 
   cudaStream_t stream() const { return stream_; }
 
-  DeviceProps props() const {
+  // Asked for once a thread: six calls of the driver would be a good part of a decode step.
+  const DeviceProps& props() const {
+    thread_local int index = -1;
+    thread_local DeviceProps props;
+    if (index == index_) return props;
     auto attribute = [&](cudaDeviceAttr which) {
       int value = 0;
       cudaDeviceGetAttribute(&value, which, index_);
       return value;
     };
-    DeviceProps props;
     props.compute_capability =
         10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
     props.num_sms = attribute(cudaDevAttrMultiProcessorCount);
     props.shared_per_block = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
     props.shared_per_sm = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+    index = index_;
     return props;
   }
+  bool orders_kernels() const { return props().compute_capability >= 90; }  // ptx/launch_order.cuh
 
  private:
   torch::stable::accelerator::DeviceGuard guard_;
@@ -326,7 +331,7 @@ void run_recurrent(const char* op, Recurrent& args, const Tensor* out, bool has_
   RecurrentParams& p = args.params;
   if (out) p.out = recurrent_out(*out, has_tokens);
   const Device device(op, args.k);
-  check_cuda(op, "launching the kernel", simt::launch_recurrent(p, device.stream()));
+  check_cuda(op, "launching the kernel", simt::launch_recurrent(p, device.orders_kernels(), device.stream()));
 }
 
 Tensor decode(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& state, const OptTensor& slope,

@@ -1,33 +1,23 @@
 // The requests of an extend that are no work for the trilinear kernels: of one token (a decode step from slot to slot),
 // of none (the state moves), padding and the rows behind the last request (zero).
 //
-// As in decode.cuh a block takes 16 KiB of one state, all of D for a slice of E, columns or rows of it; the blocks of
-// longer requests go at once, or copy the initial state to `dense`, where its slot may be written before it is read.
+// As in recurrent.cuh a block takes 16 KiB of one state, all of D for a slice of E, columns or rows of it; the blocks
+// of longer requests go at once, or copy the initial state to `dense`, where its slot may be written before it is read.
 #pragma once
 
 #include "../ptx/launch_order.cuh"
-#include "decode.cuh"
 #include "extend.h"
 #include "indices.cuh"
+#include "recurrent.cuh"
 
 namespace la2::simt {
 
 // Blocks in place of a request that share the rows behind the last one, for each head and slice.
 __host__ __device__ inline int64_t tail_blocks(int64_t tokens) { return tokens < 2048 ? 1 : 8; }
 
-// kLoads vectors of the state a thread, as decode's. P: the state's element in memory.
-template <class T, class P_, int kMaxDimK, bool kVector>
-struct ExtendColumns : DecodeColumns<T, kMaxDimK, kVector> {
-  using P = P_;
-};
-template <class T, class P_, int kVecsPerLane>
-struct ExtendRows : DecodeRows<T, kVecsPerLane> {
-  using P = P_;
-};
-
 // What a block does with its part of a state.
 struct ExtendWork {
-  DecodePlace place;                      // row: the token (of one); slot: where the state is read
+  Place place;                            // row: the token (of one); slot: where the state is read
   int64_t request, write_slot;            // of the pool, or of `dense`
   int64_t zero_row, zero_end, zero_step;  // rows that become zero
   bool has_token, reads, writes, to_dense;
@@ -39,7 +29,7 @@ __device__ __forceinline__ ExtendWork find_extend_work(const ExtendParams& param
   const unsigned num_slices = (static_cast<unsigned>(params.dim_v) + kSlice - 1) / kSlice;
   const unsigned heads = static_cast<unsigned>(params.heads);
   ExtendWork work{};
-  DecodePlace& place = work.place;
+  Place& place = work.place;
   place.first_col = static_cast<int>(blockIdx.x % num_slices) * kSlice;
   place.cols = min(static_cast<int>(params.dim_v) - place.first_col, kSlice);
   place.head = blockIdx.x / num_slices % heads;
@@ -81,7 +71,7 @@ __device__ __forceinline__ ExtendWork find_extend_work(const ExtendParams& param
 template <class T>
 __device__ __forceinline__ void zero_rows(const ExtendParams& params, const ExtendWork& work) {
   constexpr int kVec = 16 / sizeof(T);  // dims are multiples of 8; slices start at multiples of 16 bytes
-  const DecodePlace& place = work.place;
+  const Place& place = work.place;
   const int units = (place.cols + kVec - 1) / kVec;
   const int64_t rows_at_once = blockDim.x / units;
   const int row = threadIdx.x / units, col = threadIdx.x % units * kVec;
@@ -93,8 +83,8 @@ __device__ __forceinline__ void zero_rows(const ExtendParams& params, const Exte
 
 // The rows as decode's, one a token; of slopes this request's.
 template <class Acc>
-__device__ __forceinline__ DecodeParams decode_params(const ExtendParams& params, const ExtendWork& work) {
-  DecodeParams p{};
+__device__ __forceinline__ RecurrentParams decode_params(const ExtendParams& params, const ExtendWork& work) {
+  RecurrentParams p{};
   p.dim_k = params.dim_k;
   p.q = {params.q.data, params.q.stride_n, params.q.stride_h, 0};
   p.k = {params.k.data, params.k.stride_n, params.k.stride_h, 0};
@@ -105,55 +95,6 @@ __device__ __forceinline__ DecodeParams decode_params(const ExtendParams& params
   if (p.slope.data != nullptr)
     p.slope.data = static_cast<const Acc*>(params.slope.data) + work.request * params.slope.stride_s;
   return p;
-}
-
-// One vector of a state from and to memory.
-template <class Acc>
-__device__ __forceinline__ Vec<Acc> load_state_vec(const Acc* from) {
-  return load_vec(from);
-}
-__device__ __forceinline__ Vec<float> load_state_vec(const __nv_bfloat16* from) {
-  const uint2 raw = *reinterpret_cast<const uint2*>(from);
-  return {{__uint_as_float(raw.x << 16), __uint_as_float(raw.x & 0xffff0000u), __uint_as_float(raw.y << 16),
-           __uint_as_float(raw.y & 0xffff0000u)}};
-}
-template <class Acc>
-__device__ __forceinline__ void store_state_vec(Acc* to, const Vec<Acc>& vec) {
-  store_global(to, vec);
-}
-__device__ __forceinline__ void store_state_vec(__nv_bfloat16* to, const Vec<float>& vec) {
-  const __nv_bfloat162 low = __floats2bfloat162_rn(vec.x[0], vec.x[1]),
-                       high = __floats2bfloat162_rn(vec.x[2], vec.x[3]);
-  __stwb(reinterpret_cast<uint2*>(to),
-         make_uint2(*reinterpret_cast<const uint32_t*>(&low), *reinterpret_cast<const uint32_t*>(&high)));
-}
-
-// kVector: 16 bytes at once (bfloat16: 8), else one by one, `stride` apart.
-template <bool kVector, class P, class Acc>
-__device__ __forceinline__ void load_part(Vec<Acc>& s, const P* from, int64_t stride) {
-  if (kVector) {
-    s = load_state_vec(from);
-  } else {
-#pragma unroll
-    for (int e = 0; e < static_cast<int>(16 / sizeof(Acc)); ++e) s.x[e] = to_acc(from[e * stride]);
-  }
-}
-template <bool kVector, class P, class Acc>
-__device__ __forceinline__ void store_part(P* to, const Vec<Acc>& s, int64_t stride) {
-  if (kVector) {
-    store_state_vec(to, s);
-  } else {
-#pragma unroll
-    for (int e = 0; e < static_cast<int>(16 / sizeof(Acc)); ++e) from_acc(to[e * stride], s.x[e]);
-  }
-}
-
-// Where this thread's part of a state begins: `col` columns and `dim` dims into the slice.
-template <class P, class AnyState>
-__device__ __forceinline__ P* state_part(const AnyState& state, int64_t slot, const DecodePlace& place, int col,
-                                         int dim) {
-  return static_cast<P*>(state.data) + slot * state.stride_s + place.head * state.stride_h +
-         (place.first_col + col) * state.stride_e + dim * state.stride_d;
 }
 
 // store(where it goes, of which state) for a state that moves as it is.
@@ -168,20 +109,20 @@ __device__ __forceinline__ void move_to(const ExtendParams& params, const Extend
 
 // Grid: slices x heads x (requests + tail_blocks), slices fastest. `dense` has the pool's order.
 template <class Cfg>
-__global__ void __launch_bounds__(kDecodeThreads)
+__global__ void __launch_bounds__(kRecurrentThreads)
     la2_extend_columns_simt_kernel(const __grid_constant__ ExtendParams params,
                                    const __grid_constant__ ExtendTables tables,
                                    const __grid_constant__ MutableState dense) {
   using T = typename Cfg::T;
   using P = typename Cfg::P;
   using Acc = typename Cfg::Acc;
-  __shared__ DecodeToken<Acc, Cfg::kSlice> token;
-  __shared__ Acc partial[kDecodeWarps][Cfg::kSlice];
+  __shared__ TokenGroup<Cfg> group;
+  __shared__ Acc partial[kRecurrentWarps][Cfg::kSlice];
 
   ptx::wait_for_previous_kernel();
   ptx::launch_dependents();
   const ExtendWork work = find_extend_work<Cfg::kSlice>(params, tables, dense.data != nullptr);
-  const DecodePlace& place = work.place;
+  const Place& place = work.place;
   if (work.zero_step != 0) return zero_rows<T>(params, work);
   const int first_dim = threadIdx.x / Cfg::kLanes;
   const int col = threadIdx.x % Cfg::kLanes * Cfg::kVec;
@@ -211,14 +152,15 @@ __global__ void __launch_bounds__(kDecodeThreads)
     return;
   }
 
-  TokenFetch<T, Acc> fetch;
+  TokenFetch<Cfg> fetch;
   fetch.start(decode_params<Acc>(params, work), place);
   load();
-  fetch.finish(token);
+  fetch.finish(group);
+  const Token<Cfg>& token = group.tokens[0];
   __syncthreads();
 
   const Vec<Acc> v = load_vec(&token.v[col]);
-  const Acc decay = token.decay;
+  const Acc decay = group.decay;
   Acc out[Cfg::kVec] = {};
   for_each_vec([&](int i) {
     const Acc q = token.q[first_dim + i * Cfg::kRowStep], k = token.k[first_dim + i * Cfg::kRowStep];
@@ -246,25 +188,25 @@ __global__ void __launch_bounds__(kDecodeThreads)
   if (threadIdx.x < place.cols) {
     Acc sum = 0;
 #pragma unroll
-    for (int warp = 0; warp < kDecodeWarps; ++warp) sum += partial[warp][threadIdx.x];
-    from_acc(out_row<T>(decode_params<Acc>(params, work), place)[threadIdx.x], static_cast<Acc>(params.scale) * sum);
+    for (int warp = 0; warp < kRecurrentWarps; ++warp) sum += partial[warp][threadIdx.x];
+    from_acc(out_row<T>(decode_params<Acc>(params, work), place, 0)[threadIdx.x], static_cast<Acc>(params.scale) * sum);
   }
 }
 
 template <class Cfg>
-__global__ void __launch_bounds__(kDecodeThreads)
+__global__ void __launch_bounds__(kRecurrentThreads)
     la2_extend_rows_simt_kernel(const __grid_constant__ ExtendParams params,
                                 const __grid_constant__ ExtendTables tables,
                                 const __grid_constant__ MutableState dense) {
   using T = typename Cfg::T;
   using P = typename Cfg::P;
   using Acc = typename Cfg::Acc;
-  __shared__ DecodeToken<Acc, Cfg::kSlice> token;
+  __shared__ TokenGroup<Cfg> group;
 
   ptx::wait_for_previous_kernel();
   ptx::launch_dependents();
   const ExtendWork work = find_extend_work<Cfg::kSlice>(params, tables, dense.data != nullptr);
-  const DecodePlace& place = work.place;
+  const Place& place = work.place;
   if (work.zero_step != 0) return zero_rows<T>(params, work);
   const int lane = threadIdx.x % 32;
   const int first_col = threadIdx.x / 32 * Cfg::kCols;  // of this warp, within the slice
@@ -297,13 +239,14 @@ __global__ void __launch_bounds__(kDecodeThreads)
     return;
   }
 
-  TokenFetch<T, Acc> fetch;
+  TokenFetch<Cfg> fetch;
   fetch.start(decode_params<Acc>(params, work), place);
   load();
-  fetch.finish(token);
+  fetch.finish(group);
+  const Token<Cfg>& token = group.tokens[0];
   __syncthreads();
 
-  const Acc decay = token.decay;
+  const Acc decay = group.decay;
   Acc out[Cfg::kCols] = {};
 #pragma unroll
   for (int i = 0; i < Cfg::kVecsPerLane; ++i) {
@@ -332,7 +275,7 @@ __global__ void __launch_bounds__(kDecodeThreads)
       out[col] += __shfl_xor_sync(0xffffffffu, out[col], distance);
     }
     if (lane == col && first_col + col < place.cols)
-      from_acc(out_row<T>(decode_params<Acc>(params, work), place)[first_col + col],
+      from_acc(out_row<T>(decode_params<Acc>(params, work), place, 0)[first_col + col],
                static_cast<Acc>(params.scale) * out[col]);
   }
 }

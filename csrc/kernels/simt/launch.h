@@ -44,8 +44,8 @@ struct SlopeGradParams {
 };
 cudaError_t launch_slope_grad(const SlopeGradParams& params, cudaStream_t stream);
 
-// One token a row against the pool of states, in place (params.h). Slots outside [0, params.slots) are padding.
-// No two rows may name the same slot.
-cudaError_t launch_decode(const DecodeParams& params, cudaStream_t stream);
+// Tokens against a pool of states (params.h). Slots outside [0, params.slots) are padding. No two rows may name the
+// same slot where states are written. overlaps: as of launch_combine.
+cudaError_t launch_recurrent(const RecurrentParams& params, bool overlaps, cudaStream_t stream);
 
 }  // namespace la2::simt

@@ -20,7 +20,7 @@ cudaError_t launch_kernel(Kernel kernel, const ExtendParams& params, const Exten
   overlap.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(blocks);
-  config.blockDim = dim3(kDecodeThreads);
+  config.blockDim = dim3(kRecurrentThreads);
   config.stream = stream;
   config.attrs = &overlap;
   config.numAttrs = overlaps ? 1 : 0;
@@ -41,7 +41,7 @@ cudaError_t launch_rows(const ExtendParams& params, const ExtendTables& tables, 
 template <class T, class P>
 cudaError_t launch_typed(const ExtendParams& params, const ExtendTables& tables, const MutableState& dense,
                          bool overlaps, cudaStream_t stream) {
-  constexpr int kVec = DecodeRows<T, 1>::kVec;
+  constexpr int kVec = RecurrentRows<T, P, 1, 1>::kVec;
   const MutableState& state = params.state;
   auto is_vector = [&](int64_t inner, int64_t outer) {  // vector accesses along the dim whose stride is `inner`
     return inner == 1 && (state.stride_s | state.stride_h | outer) % kVec == 0 &&
@@ -49,17 +49,19 @@ cudaError_t launch_typed(const ExtendParams& params, const ExtendTables& tables,
   };
   if (is_vector(state.stride_e, state.stride_d)) {
     if (params.dim_k <= 64)
-      return launch_columns<ExtendColumns<T, P, 64, true>>(params, tables, dense, overlaps, stream);
+      return launch_columns<RecurrentColumns<T, P, 64, true, 1>>(params, tables, dense, overlaps, stream);
     if (params.dim_k <= 128)
-      return launch_columns<ExtendColumns<T, P, 128, true>>(params, tables, dense, overlaps, stream);
-    return launch_columns<ExtendColumns<T, P, 256, true>>(params, tables, dense, overlaps, stream);
+      return launch_columns<RecurrentColumns<T, P, 128, true, 1>>(params, tables, dense, overlaps, stream);
+    return launch_columns<RecurrentColumns<T, P, 256, true, 1>>(params, tables, dense, overlaps, stream);
   }
   if (is_vector(state.stride_d, state.stride_e)) {
-    if (params.dim_k <= 32 * kVec) return launch_rows<ExtendRows<T, P, 1>>(params, tables, dense, overlaps, stream);
-    if (params.dim_k <= 64 * kVec) return launch_rows<ExtendRows<T, P, 2>>(params, tables, dense, overlaps, stream);
-    return launch_rows<ExtendRows<T, P, 4>>(params, tables, dense, overlaps, stream);
+    if (params.dim_k <= 32 * kVec)
+      return launch_rows<RecurrentRows<T, P, 1, 1>>(params, tables, dense, overlaps, stream);
+    if (params.dim_k <= 64 * kVec)
+      return launch_rows<RecurrentRows<T, P, 2, 1>>(params, tables, dense, overlaps, stream);
+    return launch_rows<RecurrentRows<T, P, 4, 1>>(params, tables, dense, overlaps, stream);
   }
-  return launch_columns<ExtendColumns<T, P, 256, false>>(params, tables, dense, overlaps, stream);
+  return launch_columns<RecurrentColumns<T, P, 256, false, 1>>(params, tables, dense, overlaps, stream);
 }
 
 template <class T>
