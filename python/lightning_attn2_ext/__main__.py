@@ -13,6 +13,7 @@ _USAGE = """usage: python -m lightning_attn2_ext <command> [options]
   bench cpu   time the operators on the CPU beside softmax attention
   bench ops   time the operators on a CUDA device beside other packages
   bench scale time context parallelism on several processes, and model more of them
+  bench paper the paper's claims, each measured: JSON, plots and RESULTS.md; resumes
 
 and, on a CPU or a GPU, with tables, JSON and plots:
 
@@ -37,6 +38,7 @@ _COMMANDS = {
     ("bench", "calibrate"): "bench.calibrate",
     **{("bench", name): f"bench.{name}" for name in _TABLES},
     ("bench", "scale"): "bench.scale",
+    ("bench", "paper"): "bench.paper.cli",
 }
 
 

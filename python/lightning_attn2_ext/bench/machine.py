@@ -82,13 +82,14 @@ def qkv(b: int, h: int, n: int, d: int, dtype: torch.dtype, device: torch.device
     return [x.to(dtype) for x in (F.silu(q), F.silu(k), v, grad_out)]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Those that every benchmark here has."""
+def add_arguments(parser: argparse.ArgumentParser, outputs: bool = True) -> None:
+    """Those that every benchmark here has; without ``outputs``, where it has its own way to write results down."""
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--threads", type=int, help="threads of torch on the CPU (default: as torch has it)")
-    parser.add_argument("--json", metavar="OUT", help="write the results there too")
-    parser.add_argument("--plots", metavar="FOLDER", help="draw the results as PNG files in this folder")
+    if outputs:
+        parser.add_argument("--json", metavar="OUT", help="write the results there too")
+        parser.add_argument("--plots", metavar="FOLDER", help="draw the results as PNG files in this folder")
     parser.add_argument("--quick", action="store_true", help="small sizes, a few seconds: to see that it runs")
 
 
