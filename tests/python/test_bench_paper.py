@@ -118,6 +118,48 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch, capsys):
     assert ": 2 measured, 0 left out" in capsys.readouterr().out
 
 
+def test_out_of_memory_is_a_result(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("LA2_COMMIT", "abc123")
+    measure = longest.measure
+
+    def full(run, config):
+        if config["what"] == "streamed":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return measure(run, config)
+
+    monkeypatch.setattr(longest, "measure", full)
+    assert cli.main([*CPU, "--only", "e", "--out", str(tmp_path)]) == 0
+    assert "Streamed: out of memory." in (tmp_path / "RESULTS.md").read_text()
+    capsys.readouterr()
+    monkeypatch.setattr(longest, "measure", measure)
+    for more, measured in (((), 0), (("--again",), 3)):
+        assert cli.main([*CPU, "--only", "e", *more, "--out", str(tmp_path)]) == 0
+        assert f": {measured} measured, 0 left out" in capsys.readouterr().out
+
+
+def test_the_whole_form_on_a_gpu_has_what_the_paper_has(tmp_path):
+    """What would run there: lengths from 1K to 1M, the sizes of Table 1, a million positions, 16 M tokens streamed."""
+    facts = FACTS | {"device": "cuda:0", "gpu": "a GPU", "dtype": "bfloat16"}
+    run = lengths.Run(
+        torch.device("cuda", 0), torch.bfloat16, False, facts, store.Store(tmp_path, store.where(facts, False), "abc")
+    )
+    points = {letter: module.points(run) for letter, module in EXPERIMENTS.items()}
+    for found in points.values():  # a point is found by its configuration
+        assert len({json.dumps(c, sort_keys=True) for c in found}) == len(found)
+    ours = [c for c in points["a"] if c["op"] == "la2 BHND"]
+    assert {1 << i for i in range(10, 21)} <= {c["n"] for c in ours}
+    assert {c["b"] * c["n"] for c in ours} == {1 << 20, 4 * 32768}
+    for size, lengths_of in (("0.4B", claims.TABLE1_LENGTHS), ("1B", (1024, 94208)), ("3B", (1024, 94208))):
+        for op in ("la2", "softmax (SDPA)"):
+            have = {c["n"] for c in points["b"] if c["model"] == size and c["op"] == op}
+            assert have >= set(lengths_of)
+    assert any(c["model"] == "15B" and c["n"] == 6144 for c in points["b"])
+    assert max(c["n"] for c in points["c"] if c["op"] == "la2") == 1 << 20
+    assert {c["part"] for c in points["d"]} == {"block", "share", "dtype", "state", "plan", "slopes"}
+    assert any(c["what"] == "streamed" and c["tokens"] == 1 << 24 for c in points["e"])
+    assert len({c["layer"] for c in points["g"]}) == 5
+
+
 def test_no_time_left_is_said(tmp_path, capsys):
     assert cli.main([*CPU, "--only", "a", "--minutes", "1e-9", "--out", str(tmp_path)]) == 0
     assert "6 points left out for want of time" in capsys.readouterr().out

@@ -1,7 +1,8 @@
 """``bench paper``: what the papers claim and what they leave open, measured on this machine.
 
 Every measured point is a file under --out as soon as it is there: a run that is interrupted goes on where it was, a
-point is measured again when the commit, the machine or LA2_PLAN is another. RESULTS.md and plots are made of the files.
+point is measured again when the commit, the machine or LA2_PLAN is another (changes that are not committed make one
+commit with a "+": --again). RESULTS.md and plots are made of the files.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from .store import Store, where
 SHARES = {"b": 3.0, "f": 1.5}
 
 
-def measure(run: Run, letter: str, deadline: float) -> tuple[int, int, list[str]]:
+def measure(run: Run, letter: str, deadline: float, again: bool = False) -> tuple[int, int, list[str]]:
     """Measures what is missing until the deadline: (measured, left out, what went wrong with our own operator)."""
     module, wrong = EXPERIMENTS[letter], []
-    todo = [c for c in module.points(run) if not run.store.has(letter, c)]
+    todo = [c for c in module.points(run) if again or not run.store.has(letter, c)]
     bar = progress.bar(len(todo), unit="point")
     done = 0
     for config in todo:
@@ -38,9 +39,11 @@ def measure(run: Run, letter: str, deadline: float) -> tuple[int, int, list[str]
             result = module.measure(run, config)
         except torch.OutOfMemoryError:
             result = {"skipped": "out of memory", "passed": True}
-            module.release()
         except Exception as error:  # one point that cannot be must not end the run
             result = {"failed": f"{type(error).__name__}: {error}".splitlines()[0], "passed": False}
+        if "failed" in result or "skipped" in result:  # only now is the error gone, and with it what its frames held
+            module.release()
+            run.free_memory()
         run.store.write(letter, config, result, time.perf_counter() - start, run.facts)
         if not result["passed"]:
             said = f"({letter}) {shown}: {result.get('failed') or 'WRONG RESULT, no figures'}"
@@ -75,6 +78,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--minutes", type=float, metavar="M", help="stop measuring after so many; the report says what is left"
     )
+    parser.add_argument("--again", action="store_true", help="measure what is there already too")
     parser.add_argument("--report", action="store_true", help="measure nothing, write RESULTS.md from the files")
     arguments = parser.parse_args(argv)
     out = arguments.out or ("la2_paper_quick" if arguments.quick else "la2_paper")
@@ -92,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
             now = time.monotonic()
             rest = sum(SHARES.get(x, 1.0) for x in letters[i:])
             deadline = end if end == float("inf") else now + max(0.0, end - now) * SHARES.get(letter, 1.0) / rest
-            done, out_of_time, errors = measure(run, letter, deadline)
+            done, out_of_time, errors = measure(run, letter, deadline, arguments.again)
             wrong += errors
             left += out_of_time
             print(f"({letter}) {EXPERIMENTS[letter].TITLE}: {done} measured, {out_of_time} left out", flush=True)
