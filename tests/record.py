@@ -1,11 +1,12 @@
 """Runs what only a GPU can show and writes down the outcome, with what is needed to repeat it.
 
-    python tests/record.py [--out tests/results] [--suite] [--sanitizer] [--bench] [--jobs N]
+    python tests/record.py [--out tests/results] [--suite] [--sanitizer] [--abuse] [--bench] [--jobs N]
 
---suite: the tests marked gpu. --sanitizer: compute-sanitizer's four tools over those marked sanitize. --bench:
-`python -m lightning_attn2_ext bench`. None of the three: suite and sanitizer. Start it from the repository's root, with
-the package installed or PYTHONPATH pointing at it. Writes <out>/<name of the GPU>.json and .md; the exit status is 0
-only if everything ran and nothing failed.
+--suite: the tests marked gpu. --sanitizer: compute-sanitizer's four tools over those marked sanitize. --abuse: the
+tests in tests/abuse marked gpu, with LA2_EXAMPLES (5000) examples of each property, which are counted. --bench: `python
+-m lightning_attn2_ext bench`. None of the four: suite and sanitizer. Start it from the repository's root, with the
+package installed or PYTHONPATH pointing at it. Writes <out>/<name of the GPU>.json and .md (--abuse alone: <name of the
+GPU>_abuse, beside what is there of the others); the exit status is 0 only if everything ran and nothing failed.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 # Folders with tests marked gpu, and the files with those marked sanitize: the rest needs not even be importable here.
 SUITE = ("tests/ops", "tests/triton_ref")
 SANITIZED = ("tests/ops/test_cuda.py", "tests/ops/test_extend.py")
+ABUSE = "tests/abuse"
 
 
 # ---- parsing: what each program says, without trusting its exit status
@@ -101,12 +103,12 @@ def pytest_command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "pytest", *arguments]
 
 
-def run_suite(paths: Sequence[str], jobs: int = 1) -> dict:
+def run_suite(paths: Sequence[str], jobs: int = 1, **more: str) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "junit.xml"
         options = ["-m", "gpu", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
         # The references run on the CPU: with a pool of threads for each worker they would stand in each other's way.
-        environment = {"OMP_NUM_THREADS": "1"} if jobs > 1 else {}
+        environment = more | ({"OMP_NUM_THREADS": "1"} if jobs > 1 else {})
         workers = ["-n", str(jobs)] if jobs > 1 else []
         status, _, seconds = run(pytest_command(*options, *workers, *paths), **environment)
         counts = count_tests(report.read_text()) if report.exists() else count_tests("<none/>")
@@ -117,6 +119,39 @@ def judge_suite(status: int, counts: dict) -> dict:
     """Good is: the runner says so, some test passed, and none failed."""
     is_good = status == 0 and counts["passed"] > 0 and counts["failed"] == 0
     return {"ok": is_good, "exit_status": status} | counts
+
+
+def count_examples(log: str) -> dict[str, int]:
+    """Sums by property of the lines that tests/support/abuse.py wrote, those on the GPU."""
+    counts: dict[str, int] = {}
+    for line in log.splitlines():
+        entry = json.loads(line)
+        if entry["device"] == "cuda":
+            counts[entry["test"]] = counts.get(entry["test"], 0) + entry["examples"]
+    return dict(sorted(counts.items()))
+
+
+def run_abuse(jobs: int, wanted: int) -> dict:
+    """Good is what is good of a suite, and at least as many examples of every property as were wanted."""
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "examples.jsonl"
+        log.touch()
+        # What holds memory or counts it cannot share the GPU: one process, after the others.
+        alone = [f"{ABUSE}/{name}" for name in ("test_growth.py", "test_out_of_memory.py")]
+        together = sorted({str(p.relative_to(ROOT)) for p in (ROOT / ABUSE).glob("test_*.py")} - set(alone))
+        given = {"LA2_EXAMPLES": str(wanted), "LA2_EXAMPLES_LOG": str(log)}
+        parts = [run_suite(together, jobs, **given), run_suite(alone, 1, **given)]
+        examples = count_examples(log.read_text())
+    return judge_abuse(parts, examples, wanted)
+
+
+def judge_abuse(parts: list[dict], examples: dict[str, int], wanted: int) -> dict:
+    total: dict = {name: sum(part[name] for part in parts) for name in ("passed", "failed", "skipped", "seconds")}
+    total["failures"] = [name for part in parts for name in part["failures"]]
+    enough = bool(examples) and all(count >= wanted for count in examples.values())
+    total |= {"examples": examples, "examples_wanted": wanted}
+    statuses = [part["exit_status"] for part in parts]
+    return {"ok": enough and all(part["ok"] for part in parts), "exit_status": max(statuses)} | total
 
 
 def run_tool(tool: str, sanitizer: str, paths: Sequence[str]) -> dict:
@@ -219,10 +254,16 @@ def markdown(record: dict) -> str:
         else:
             errors = f"{result['errors']}" + (f" + {result['warnings']} warnings" if result["warnings"] else "")
         row(tool, result, result["tests"], errors)
+    if "abuse" in record:
+        row("abuse", record["abuse"], record["abuse"], "–")
     if "bench" in record:
         row("bench", record["bench"], None, "–")
-    if failures := record.get("suite", {}).get("failures"):
+    if failures := [name for part in ("suite", "abuse") for name in record.get(part, {}).get("failures", [])]:
         lines += ["", "Failed:", "", *(f"- {name}" for name in failures)]
+    if "abuse" in record:
+        wanted = record["abuse"]["examples_wanted"]
+        lines += ["", f"Examples drawn and held to the specification on the GPU, of {wanted} wanted of each:", ""]
+        lines += [f"- {name}: {count}" for name, count in record["abuse"]["examples"].items()] or ["- none"]
     if "missing" in record:
         lines += ["", f"Not run: {record['missing']}."]
     if "bench" in record:
@@ -231,14 +272,14 @@ def markdown(record: dict) -> str:
 
 
 def is_good(record: dict) -> bool:
-    results = [*record.get("sanitizer", {}).values(), *(record[k] for k in ("suite", "bench") if k in record)]
+    results = [*record.get("sanitizer", {}).values(), *(record[k] for k in ("suite", "abuse", "bench") if k in record)]
     return "missing" not in record and bool(results) and all(result["ok"] for result in results)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="tests/results", help="folder of the results (default: tests/results)")
-    for part in ("suite", "sanitizer", "bench"):
+    for part in ("suite", "sanitizer", "abuse", "bench"):
         parser.add_argument(f"--{part}", action="store_true")
     parser.add_argument(
         "--jobs", type=int, default=1, help="processes for the suite (pytest-xdist), sanitizers at once"
@@ -247,7 +288,8 @@ def main(argv: list[str] | None = None) -> int:
         "paths", nargs="*", help=f"for pytest (default: {' '.join(SUITE)}, sanitizer: {' '.join(SANITIZED)})"
     )
     arguments = parser.parse_args(argv)
-    wants = {part for part in ("suite", "sanitizer", "bench") if getattr(arguments, part)} or {"suite", "sanitizer"}
+    parts = ("suite", "sanitizer", "abuse", "bench")
+    wants = {part for part in parts if getattr(arguments, part)} or {"suite", "sanitizer"}
 
     record: dict = {"where": facts()}
     for name, value in record["where"].items():
@@ -255,6 +297,9 @@ def main(argv: list[str] | None = None) -> int:
     folder = ROOT / arguments.out
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / (re.sub(r"[^a-z0-9]+", "_", record["where"]["gpu"].lower()).strip("_") or "none")
+
+    if wants == {"abuse"}:
+        target = target.with_name(target.name + "_abuse")
 
     def write():
         record["ok"] = is_good(record)
@@ -276,6 +321,9 @@ def main(argv: list[str] | None = None) -> int:
             for done in concurrent.futures.as_completed(running):
                 record.setdefault("sanitizer", {})[running[done]] = done.result()
                 write()
+    if "abuse" in wants:
+        record["abuse"] = run_abuse(arguments.jobs, int(os.environ.get("LA2_EXAMPLES", "5000")))
+        write()
     if "bench" in wants:
         record["bench"] = run_bench()
     write()

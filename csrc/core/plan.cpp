@@ -14,6 +14,9 @@ namespace {
 
 constexpr int64_t kMaxHeadDim = 256;
 
+// More than any memory holds, and so little that no product of sizes in a planner leaves 64 bits.
+constexpr double kMaxRows = 0x1p48, kMaxStates = 0x1p40;
+
 // What one chunk of one block takes, in microseconds on one H200 at 1.98 GHz (csrc/kernels/DESIGN.md has the runs):
 // alone on its SM, and per block where blocks share it. Other GPUs rank the plans alike.
 struct ChunkCost {
@@ -145,6 +148,18 @@ Status check_dim(const char* name, int64_t dim) {
   return Status::error(std::string(name) + " is " + std::to_string(dim) + ", expected a multiple of 8 up to 256");
 }
 
+double at_least_one(int64_t n) { return static_cast<double>(std::max<int64_t>(n, 1)); }
+
+Status check_sizes(const Problem& p) {
+  if (p.batch < 0 || p.heads < 0 || p.length < 0 || p.num_seqs < 0)
+    return Status::error("batch, heads, length and num_seqs are expected to be at least 0");
+  if (at_least_one(p.batch) * at_least_one(p.heads) * at_least_one(p.length) > kMaxRows)
+    return Status::error("batch times heads times length is more than 2^48, expected what memory can hold");
+  if (at_least_one(p.num_seqs) * at_least_one(p.heads) > kMaxStates)
+    return Status::error("num_seqs times heads is more than 2^40, expected what memory can hold");
+  return Status::ok();
+}
+
 // The plan with these tiles and this number of segments, and its predicted time.
 Candidate evaluate(const Problem& p, const DeviceProps& device, Family family,
                    const std::vector<const TileCost*>& tiles, const std::vector<std::vector<Job>>& launches,
@@ -187,8 +202,7 @@ Status make_plan(const Problem& p, const DeviceProps& device, const std::string&
   if (Status s = parse_forced(forced_text, &forced); !s.is_ok()) return s;
   if (Status s = check_dim("head dim of q and k", p.dim_k); !s.is_ok()) return s;
   if (Status s = check_dim("head dim of v", p.dim_v); !s.is_ok()) return s;
-  if (p.batch < 0 || p.heads < 0 || p.length < 0 || p.num_seqs < 0)
-    return Status::error("batch, heads, length and num_seqs are expected to be at least 0");
+  if (Status s = check_sizes(p); !s.is_ok()) return s;
   if (!p.packed && p.num_seqs != p.batch)
     return Status::error("num_seqs is " + std::to_string(p.num_seqs) + ", expected the batch, " +
                          std::to_string(p.batch) + ", without cu_seqlens");

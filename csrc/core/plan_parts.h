@@ -22,7 +22,7 @@ constexpr int64_t kMaxSegments = 64;  // the combine pass walks them one by one
 constexpr double kWorthwhile = 0.97;  // more segments only for a gain beyond the cost model's precision
 constexpr double kCombineGBs = 2500;  // of local states read and written
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }  // of a >= 0: a + b may be too much
 
 inline int tile_a_for(int64_t dim) { return dim <= 64 ? 64 : dim <= 128 ? 128 : 256; }
 

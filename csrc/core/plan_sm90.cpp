@@ -95,6 +95,9 @@ Status plan_sm90(const Problem& p, const DeviceProps& device, const Forced& forc
     return Status::error("LA2_PLAN: family sm90 runs on compute capability 9.0 alone, the GPU has " +
                          std::to_string(device.compute_capability / 10) + "." +
                          std::to_string(device.compute_capability % 10));
+  if (device.num_sms < 8)  // room for one cluster, whatever its size
+    return Status::error("LA2_PLAN: family sm90 needs 8 multiprocessors, the GPU has " +
+                         std::to_string(device.num_sms));
   if (p.dtype != DType::kBFloat16 && p.dtype != DType::kFloat16)
     return Status::error("LA2_PLAN: family sm90 has kernels for bf16 and fp16 alone");
   if (p.slope_grad) return Status::error("LA2_PLAN: family sm90 has no slope gradient, expected sm80");

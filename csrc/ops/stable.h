@@ -36,16 +36,32 @@ template <class... Parts>
   throw std::runtime_error(sentence.str());
 }
 
+// torch 2.13 and later; a null pointer in those before.
+extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
+
+// What an allocation failed of is lost in the C shim; _ops.py makes torch's own error of this sentence.
+[[noreturn]] inline void fail_out_of_memory(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
+  double bytes = dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
+  for (const int64_t size : sizes) bytes *= static_cast<double>(size);
+  std::ostringstream sentence;
+  sentence.precision(0);
+  sentence << "la2: out of memory: " << std::fixed << bytes << " bytes on "
+           << (like.is_cpu() ? "cpu" : "cuda:" + std::to_string(static_cast<int>(like.get_device_index())));
+  if (torch_exception_get_what_without_backtrace != nullptr)
+    sentence << ": " << torch_exception_get_what_without_backtrace();
+  throw std::runtime_error(sentence.str());
+}
+
 // An uninitialised tensor on `like`'s device. (0.5 us; new_empty costs 2.)
 inline Tensor empty_strided(const Tensor& like, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
                             ScalarType dtype) {
   AtenTensorHandle handle = nullptr;
   int32_t device_type = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+  if (aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
                                torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
-                               like.is_cpu() ? -1 : like.get_device_index(), &handle));
+                               like.is_cpu() ? -1 : like.get_device_index(), &handle) != TORCH_SUCCESS)
+    fail_out_of_memory(like, sizes, dtype);
   return Tensor(handle);
 }
 

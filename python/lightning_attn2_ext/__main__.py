@@ -14,6 +14,7 @@ _USAGE = """usage: python -m lightning_attn2_ext <command> [options]
   bench ops   time the operators on a CUDA device beside other packages
   bench map   the fastest other package against this one over heads and lengths
   bench scale time context parallelism on several processes, and model more of them
+  bench paper the paper's claims, each measured: JSON, plots and RESULTS.md; resumes
 
 and, on a CPU or a GPU, with tables, JSON and plots:
 
@@ -40,6 +41,7 @@ _COMMANDS = {
     ("bench", "calibrate"): "bench.calibrate",
     **{("bench", name): f"bench.{name}" for name in _TABLES},
     ("bench", "scale"): "bench.scale",
+    ("bench", "paper"): "bench.paper.cli",
 }
 
 

@@ -209,9 +209,20 @@ def _gradient_of_jvp(
     return total
 
 
+def raise_out_of_memory(error: RuntimeError, tensors) -> None:
+    """Raises torch's own error where ``error`` is csrc/ops' sentence about an allocation on a GPU: a C++ exception does
+    not keep its type across torch's stable ABI. In inference mode, which knows no Autograd key, nobody calls this."""
+    if str(error).startswith("la2: out of memory") and any(isinstance(t, Tensor) and t.is_cuda for t in tensors):
+        raise torch.OutOfMemoryError(str(error)) from error
+
+
 def _redispatch(op, keyset, args, kwargs):
-    with torch._C._AutoDispatchBelowAutograd():
-        return op.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
+    try:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
+    except RuntimeError as error:
+        raise_out_of_memory(error, args)
+        raise
 
 
 def _primals(tensors):

@@ -191,3 +191,22 @@ def test_golden_plans(core):
         problem_text, device_text, expected = line.split(" | ")
         problem, device = core.problem(problem_text), core.device(device_text)
         assert core.describe(problem, device, core.plan(problem, device)) == expected
+
+
+@pytest.mark.parametrize(
+    "problem, device, forced, sentence",
+    [
+        ("9223372036854775807,187,1,64,64,bf16", "sm_90x132", "", "batch times heads times length"),
+        ("1,1,1,64,64,bf16,packed=9223372036854775807", "sm_90x132", "", "num_seqs times heads"),
+        ("1,8,4096,64,64,bf16", "sm_90x1", "family=sm90", "needs 8 multiprocessors"),
+        ("1,8,4096,64,64,bf16", "sm_90x132", "segments=9223372036854775807", None),
+    ],
+)
+def test_sizes_beyond_any_machine(core, problem, device, forced, sentence):
+    """Found by tests/fuzz: products and sums that left 64 bits, and a division by the clusters of a GPU too small."""
+    if sentence is None:
+        plan = core.plan(core.problem(problem), core.device(device), forced)
+        assert plan.segment_len == 64 and plan.num_segments == 64
+        return
+    with pytest.raises(ValueError, match=sentence):
+        core.plan(core.problem(problem), core.device(device), forced)

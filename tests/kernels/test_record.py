@@ -138,3 +138,23 @@ def test_from_end_to_end(tmp_path, monkeypatch, capsys, outcome, status):
     assert written["where"]["torch"] and written["where"]["commit"]
     assert ("| ok |" in found.with_suffix(".md").read_text()) == (status == 0)
     assert "1 " in capsys.readouterr().out
+
+
+def abuse(examples, failed=0, skipped=0):
+    part = {"passed": 9, "failed": failed, "skipped": skipped, "failures": ["x"] * failed}
+    part = record.judge_suite(int(failed > 0), part) | {"seconds": 2.0}
+    return record.judge_abuse([part, part], examples, 5000)
+
+
+def test_examples_are_counted_and_wanted():
+    lines = [("a", "cuda", 3000), ("b", "cuda", 5008), ("a", "cpu", 9), ("a", "cuda", 2000)]
+    log = "".join(json.dumps({"test": t, "device": d, "examples": n}) + "\n" for t, d, n in lines)
+    assert record.count_examples(log) == {"a": 5000, "b": 5008}
+    assert abuse({"a": 5000, "b": 5008})["ok"]
+    assert not abuse({"a": 4999, "b": 5008})["ok"] and not abuse({})["ok"]
+    assert not abuse({"a": 5000}, failed=1)["ok"]
+    result = {"where": {"gpu": "NVIDIA X"}, "abuse": abuse({"a": 5000}, failed=1)}
+    text = record.markdown(result)
+    assert "| abuse | 18 | 2 | 0 | – | 4 | FAILED (exit status 1) |" in text
+    assert "of 5000 wanted of each:\n\n- a: 5000\n" in text and "- x\n" in text
+    assert not record.is_good(result) and record.is_good({"abuse": abuse({"a": 5000})})

@@ -78,17 +78,21 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
 def qkv(b: int, h: int, n: int, d: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> list[Tensor]:
     """q, k through SiLU, v and a gradient of the output, ``[B, H, N, D]``."""
     generator = torch.Generator(device).manual_seed(seed)
-    q, k, v, grad_out = (torch.randn(b, h, n, d, generator=generator, device=device) for _ in range(4))
-    return [x.to(dtype) for x in (F.silu(q), F.silu(k), v, grad_out)]
+    results = []
+    for is_activated in (True, True, False, False):  # one after the other: float32 is twice what is wanted
+        x = torch.randn(b, h, n, d, generator=generator, device=device)
+        results.append((F.silu(x, inplace=True) if is_activated else x).to(dtype))
+    return results
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Those that every benchmark here has."""
+def add_arguments(parser: argparse.ArgumentParser, outputs: bool = True) -> None:
+    """Those that every benchmark here has; without ``outputs``, where it has its own way to write results down."""
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--threads", type=int, help="threads of torch on the CPU (default: as torch has it)")
-    parser.add_argument("--json", metavar="OUT", help="write the results there too")
-    parser.add_argument("--plots", metavar="FOLDER", help="draw the results as PNG files in this folder")
+    if outputs:
+        parser.add_argument("--json", metavar="OUT", help="write the results there too")
+        parser.add_argument("--plots", metavar="FOLDER", help="draw the results as PNG files in this folder")
     parser.add_argument("--quick", action="store_true", help="small sizes, a few seconds: to see that it runs")
 
 

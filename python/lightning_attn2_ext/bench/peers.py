@@ -176,6 +176,7 @@ class CudnnSoftmax(Peer):
 
     name = "softmax (cuDNN)"
     softmax = True
+    backend_name = "CUDNN_ATTENTION"
 
     def missing(self):
         if not torch.backends.cuda.cudnn_sdp_enabled() or not torch.backends.cudnn.is_available():
@@ -185,11 +186,21 @@ class CudnnSoftmax(Peer):
     def prepare(self, slope):
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
-        self.backend = lambda: sdpa_kernel(SDPBackend.CUDNN_ATTENTION)
+        self.backend = lambda: sdpa_kernel(getattr(SDPBackend, self.backend_name))
 
     def forward(self, q, k, v):
         with self.backend():
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+class FlashSoftmax(CudnnSoftmax):
+    """The same by the FlashAttention-2 that torch carries."""
+
+    name = "softmax (flash)"
+    backend_name = "FLASH_ATTENTION"
+
+    def missing(self):
+        return None if torch.backends.cuda.flash_sdp_enabled() else "torch has no flash attention here"
 
 
 PEERS: tuple[type[Peer], ...] = (

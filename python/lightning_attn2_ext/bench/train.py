@@ -86,9 +86,9 @@ class Mixer(LightningAttention):
 class Block(nn.Module):
     """``x + mixer(norm(x))``, then ``x + down(up(x) * gate(x))``: TransNormerLLM's SGLU has no activation."""
 
-    def __init__(self, size: Size, layer_idx: int):
+    def __init__(self, size: Size, layer_idx: int, **overrides):
         super().__init__()
-        self.mixer = Mixer(size.width, size.heads, layer_idx, size.layers, preset="transnormer")
+        self.mixer = Mixer(size.width, size.heads, layer_idx, size.layers, preset="transnormer", **overrides)
         self.mixer_norm = GroupRMSNorm(size.width, affine=False)
         self.unit_norm = GroupRMSNorm(size.width, affine=False)
         self.gate_up = nn.Linear(size.width, 2 * size.hidden, bias=False)
