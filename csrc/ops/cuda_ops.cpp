@@ -8,6 +8,7 @@
 #include "../kernels/sm80/launch.h"
 #include "../kernels/sm90/launch.h"
 #include "arguments.h"
+#include "check_values.h"
 
 // torch/csrc/inductor/aoti_torch/c/shim.h hides it where torch was built without CUDA.
 extern "C" int32_t aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
@@ -33,6 +34,14 @@ class Device {
   }
 
   cudaStream_t stream() const { return stream_; }
+
+  // Whether a call may read values that lie on the device: LA2_CHECK=1, and the stream is not captured into a graph,
+  // where nothing has been computed yet and reading would end the capture.
+  bool values_are_checked() const {
+    if (!ops::values_are_checked()) return false;
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    return cudaStreamIsCapturing(stream_, &status) == cudaSuccess && status == cudaStreamCaptureStatusNone;
+  }
 
   DeviceProps props() const {
     auto attribute = [&](cudaDeviceAttr which) {
@@ -159,6 +168,7 @@ MutableState transposed(const MutableState& s) { return {s.data, s.stride_s, s.s
 
 void run_forward(const Attention& args, const Tensor& out, const Tensor* final_state) {
   const Device device(args.op, args.q);
+  if (device.values_are_checked()) check_values(args);
   const Plan plan = plan_for(args, false, false, true, device);
   TrilinearParams params = common_params(args, plan);
   const Tensor local = empty_local_states(args, plan, 0, args.sizes.dim_k, args.sizes.dim_v);
@@ -217,6 +227,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_o
   Tensor dslope = empty_contiguous(q, dslope_sizes, args.accumulation);
 
   const Device device(args.op, args.q);
+  if (device.values_are_checked()) check_values(args);
   const Plan plan = plan_for(args, true, wants_dslope, is_mappable(grad_rows), device);
   TrilinearParams params = common_params(args, plan);
   const Tensor local_dq = empty_local_states(args, plan, 0, s.dim_v, s.dim_k);
@@ -319,6 +330,7 @@ Tensor decode(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& s
   Tensor out = empty_contiguous(q, {p.rows, p.heads, p.dim_v}, q.scalar_type());
   p.out = {out.mutable_data_ptr(), out.stride(0), out.stride(1), 0};
   const Device device("la2::decode", q);
+  if (device.values_are_checked()) check_values(args);
   check_cuda("la2::decode", "launching the kernel", simt::launch_decode(p, device.stream()));
   return out;
 }
