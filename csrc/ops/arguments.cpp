@@ -1,5 +1,7 @@
 #include "arguments.h"
 
+#include "check_values.h"
+
 namespace la2::ops {
 namespace {
 
@@ -141,17 +143,6 @@ void check_state_like(const char* op, const char* name, const Tensor& t, const A
   check_dtype(op, name, t, args.accumulation, "");
 }
 
-template <class Int>
-void check_offsets(const char* op, const Int* offsets, int64_t num_seqs, int64_t length) {
-  if (offsets[0] != 0) fail(op, ": cu_seqlens[0] is ", offsets[0], ", expected 0");
-  for (int64_t i = 0; i < num_seqs; ++i)
-    if (offsets[i + 1] < offsets[i])
-      fail(op, ": cu_seqlens[", i + 1, "] is ", offsets[i + 1], ", expected at least cu_seqlens[", i,
-           "] = ", offsets[i]);
-  if (offsets[num_seqs] != length)
-    fail(op, ": cu_seqlens[-1] is ", offsets[num_seqs], ", expected the number of tokens, ", length);
-}
-
 bool is_index(const Tensor& t) { return t.scalar_type() == ScalarType::Int || t.scalar_type() == ScalarType::Long; }
 
 // A contiguous int32 or int64 [size]; size -1: any. `what` follows the wanted size in the complaint.
@@ -219,14 +210,8 @@ Attention check_attention(const char* op, DeviceType device, const Tensor& q, co
       fail(op, ": q.shape[0] is ", q.size(0), ", expected 1 with cu_seqlens (packed sequences share one batch row)");
     args.sizes.num_seqs = offsets.size(0) - 1;
     args.cu_seqlens = offsets.is_contiguous() ? offsets : torch::stable::contiguous(offsets);
-    // On a GPU the values stay on the device; the kernels clamp them to [0, length].
-    if (device == DeviceType::CPU) {
-      const void* data = args.cu_seqlens->const_data_ptr();
-      if (offsets.scalar_type() == ScalarType::Long)
-        check_offsets(op, static_cast<const int64_t*>(data), args.sizes.num_seqs, args.sizes.length);
-      else
-        check_offsets(op, static_cast<const int32_t*>(data), args.sizes.num_seqs, args.sizes.length);
-    }
+    // On a GPU the values stay on the device; the kernels clamp them to [0, length], and LA2_CHECK=1 looks at them.
+    if (device == DeviceType::CPU) check_seq_offsets(op, "cu_seqlens", *args.cu_seqlens, args.sizes.length, true);
   }
   if (slope) {
     check_slope(op, device, *slope, q, args.sizes.num_seqs, args.sizes.heads, args.accumulation);

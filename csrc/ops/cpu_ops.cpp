@@ -1,6 +1,7 @@
 // The operators on the CPU: check -> unpack -> allocate -> run.
 #include "../kernels/cpu/kernels.h"
 #include "arguments.h"
+#include "check_values.h"
 
 namespace la2::ops {
 namespace {
@@ -22,6 +23,7 @@ void check_memory(const char* op, bool had_memory) {
 Tensor forward(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& slope,
                const OptTensor& initial_state, const OptTensor& cu_seqlens, double scale) {
   const Attention args = check_attention("la2::forward", kDevice, q, k, v, slope, initial_state, cu_seqlens, scale);
+  if (values_are_checked()) check_values(args);
   Tensor out = empty_rows(q, args.sizes.dim_v);
   check_memory(args.op, cpu::kernels().forward(forward_params(args, out), torch_threads()));
   return out;
@@ -32,6 +34,7 @@ std::tuple<Tensor, Tensor> forward_with_state(const Tensor& q, const Tensor& k, 
                                               double scale) {
   const Attention args =
       check_attention("la2::forward_with_state", kDevice, q, k, v, slope, initial_state, cu_seqlens, scale);
+  if (values_are_checked()) check_values(args);
   Tensor out = empty_rows(q, args.sizes.dim_v);
   Tensor final_state = empty_state(args);
   ForwardParams params = forward_params(args, out);
@@ -61,6 +64,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_o
   const Sizes& s = args.sizes;
   const Tensor grad_rows = check_grad_out(args, grad_out);
   const OptTensor grad_state = check_grad_final_state(args, grad_final_state);
+  if (values_are_checked()) check_values(args);
 
   Tensor dq = empty_rows(q, s.dim_k), dk = empty_rows(k, s.dim_k), dv = empty_rows(v, s.dim_v);
   Tensor dinitial_state = initial_state ? empty_state(args) : empty_contiguous(q, {0}, args.accumulation);
@@ -98,20 +102,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_o
   return {dq, dk, dv, dslope, dinitial_state};
 }
 
-template <class Int>
-void check_slots(const char* op, const Int* slots, int64_t rows, int64_t num_slots) {
-  for (int64_t i = 0; i < rows; ++i)
-    if (slots[i] >= num_slots)
-      fail(op, ": state_indices[", i, "] is ", slots[i], ", expected less than the ", num_slots, " slots of state");
-}
-
 // decode, verify and commit: the states of `args` go on by its tokens; `out` where it is wanted.
 void run_recurrent(const char* op, Recurrent& args, const Tensor* out, bool has_tokens) {
   RecurrentParams& p = args.params;
-  if (p.state_indices && p.indices_are_int64)
-    check_slots(op, static_cast<const int64_t*>(p.state_indices), p.rows, p.slots);
-  if (p.state_indices && !p.indices_are_int64)
-    check_slots(op, static_cast<const int32_t*>(p.state_indices), p.rows, p.slots);
+  if (args.state_indices) check_slots(op, "state_indices", *args.state_indices, p.slots, false);
+  if (values_are_checked()) check_values(op, args);
   if (out) p.out = recurrent_out(*out, has_tokens);
   check_memory(op, cpu::kernels().recurrent(p, torch_threads()));
 }
@@ -150,6 +145,7 @@ Tensor extend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& s
                              snapshot_offsets, snapshot_tokens, snapshot_slots, scale);
   ExtendParams& p = args.params;
   check_extend_numbers(p);
+  if (values_are_checked() && args.attention.slope) check_slopes(args.attention.op, *args.attention.slope);
   Tensor out = empty_contiguous(q, {p.tokens, p.heads, p.dim_v}, q.scalar_type());
   p.out = {out.mutable_data_ptr(), 0, out.stride(1), out.stride(0)};
   check_memory(args.attention.op, cpu::kernels().extend(p, torch_threads()));

@@ -10,6 +10,7 @@
 #include "../kernels/sm80/launch.h"
 #include "../kernels/sm90/launch.h"
 #include "arguments.h"
+#include "check_values.h"
 
 // torch/csrc/inductor/aoti_torch/c/shim.h hides it where torch was built without CUDA.
 extern "C" int32_t aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
@@ -35,6 +36,14 @@ class Device {
   }
 
   cudaStream_t stream() const { return stream_; }
+
+  // Whether a call may read values that lie on the device: LA2_CHECK=1, and the stream is not captured into a graph,
+  // where nothing has been computed yet and reading would end the capture.
+  bool values_are_checked() const {
+    if (!ops::values_are_checked()) return false;
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    return cudaStreamIsCapturing(stream_, &status) == cudaSuccess && status == cudaStreamCaptureStatusNone;
+  }
 
   // Asked for once a thread: six calls of the driver would be a good part of a decode step.
   const DeviceProps& props() const {
@@ -173,6 +182,7 @@ MutableState transposed(const MutableState& s) { return {s.data, s.stride_s, s.s
 
 void run_forward(const Attention& args, const Tensor& out, const Tensor* final_state) {
   const Device device(args.op, args.q);
+  if (device.values_are_checked()) check_values(args);
   const Plan plan = plan_for(args, false, false, true, device);
   TrilinearParams params = common_params(args, plan);
   const Tensor local = empty_local_states(args, plan, 0, args.sizes.dim_k, args.sizes.dim_v);
@@ -231,6 +241,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_o
   Tensor dslope = empty_contiguous(q, dslope_sizes, args.accumulation);
 
   const Device device(args.op, args.q);
+  if (device.values_are_checked()) check_values(args);
   const Plan plan = plan_for(args, true, wants_dslope, is_mappable(grad_rows), device);
   TrilinearParams params = common_params(args, plan);
   const Tensor local_dq = empty_local_states(args, plan, 0, s.dim_v, s.dim_k);
@@ -331,6 +342,7 @@ void run_recurrent(const char* op, Recurrent& args, const Tensor* out, bool has_
   RecurrentParams& p = args.params;
   if (out) p.out = recurrent_out(*out, has_tokens);
   const Device device(op, args.k);
+  if (device.values_are_checked()) check_values(op, args);
   check_cuda(op, "launching the kernel", simt::launch_recurrent(p, device.orders_kernels(), device.stream()));
 }
 
@@ -362,10 +374,8 @@ void commit(const Tensor& k, const Tensor& v, const Tensor& state, const Tensor&
 
 // ---- extend
 
-// With LA2_CHECK=1 what the device alone knows is fetched, which waits for it, and checked as on the CPU.
-void check_numbers(ExtendParams p, cudaStream_t stream) {
-  const char* wanted = std::getenv("LA2_CHECK");
-  if (wanted == nullptr || std::string(wanted) != "1") return;
+// What the device alone knows is fetched, which waits for it, and checked as on the CPU.
+void check_numbers(ExtendParams p, const OptTensor& slope, cudaStream_t stream) {
   std::vector<std::vector<char>> copies;
   auto fetch = [&](const void* from, int64_t bytes) -> const void* {
     if (from == nullptr) return nullptr;
@@ -386,6 +396,7 @@ void check_numbers(ExtendParams p, cudaStream_t stream) {
   p.has_initial_state = static_cast<const bool*>(fetch(p.has_initial_state, p.requests));
   check_cuda("la2::extend", "reading what LA2_CHECK=1 checks", cudaStreamSynchronize(stream));
   check_extend_numbers(p);
+  if (slope) check_slopes("la2::extend", *slope);
 }
 
 // int64 elements of device memory for the tables.
@@ -441,7 +452,7 @@ Tensor extend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& s
   if (p.heads == 0) return out;
 
   const Device device(op, q);
-  check_numbers(p, device.stream());
+  if (device.values_are_checked()) check_numbers(p, attention.slope, device.stream());
   // The trilinear kernels get the requests of two tokens or more. Many of a batch are decode rows: for the plan the
   // tokens are those of a few longer ones.
   constexpr int64_t kLikelyTokens = 512;
