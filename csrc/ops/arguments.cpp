@@ -211,7 +211,7 @@ Attention check_attention(const char* op, DeviceType device, const Tensor& q, co
     args.sizes.num_seqs = offsets.size(0) - 1;
     args.cu_seqlens = offsets.is_contiguous() ? offsets : torch::stable::contiguous(offsets);
     // On a GPU the values stay on the device; the kernels clamp them to [0, length], and LA2_CHECK=1 looks at them.
-    if (device == DeviceType::CPU) check_seq_offsets(op, "cu_seqlens", *args.cu_seqlens, args.sizes.length, true);
+    if (device == DeviceType::CPU) check_seq_offsets(op, "cu_seqlens", *args.cu_seqlens, args.sizes.length);
   }
   if (slope) {
     check_slope(op, device, *slope, q, args.sizes.num_seqs, args.sizes.heads, args.accumulation);
