@@ -176,7 +176,7 @@ WRONG_DECODE = {
     "k of another dim": ({"k": zeros(B, H, D + 8)}, "k", "24", "16"),
     "value dim 20": ({"v": zeros(B, H, 20)}, "v", "20", "multiple of 8"),
     "v in half": ({"v": zeros(B, H, E, dtype=torch.float16)}, "v", "float16", "float32"),
-    "state in half": ({"state": zeros(SLOTS, H, D, E, dtype=torch.bfloat16)}, "state", "bfloat16", "float32"),
+    "state in half": ({"state": zeros(SLOTS, H, D, E, dtype=torch.float16)}, "state", "float16", "float32"),
     "state turned": ({"state": zeros(SLOTS, H, E, D)}, "state", "[4, 3, 24, 16]", "16, 24]"),
     "state of rank 3": ({"state": zeros(H, D, E)}, "state", "[3, 16, 24]", "16, 24]"),
     "state that overlaps itself": ({"state": zeros(1, H, D, E).expand(SLOTS, H, D, E)}, "state", "0", "memory"),

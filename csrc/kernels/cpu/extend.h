@@ -2,64 +2,10 @@
 #pragma once
 
 #include "forward.h"
+#include "pool.h"
 
 namespace la2::cpu {
 namespace {
-
-// A slice of a state of the pool, [D, cols], and its copy in the accumulation type, contiguous: sweeps work on that.
-template <class T>
-struct PoolSlice {
-  const ExtendParams& p;
-  int64_t head;
-  int first, cols;
-  T* copy;
-
-  StateView<T> view() const { return {copy, cols, 1}; }
-
-  void load(int64_t slot) const {
-    if (p.state.is_bf16) {
-      each<uint16_t>(slot, [](T& x, const uint16_t& stored) { x = from_bf16(stored); });
-    } else {
-      each<T>(slot, [](T& x, const T& stored) { x = stored; });
-    }
-  }
-  void store(int64_t slot) const {
-    if (p.state.is_bf16) {
-      each<uint16_t>(slot, [](const T& x, uint16_t& stored) { stored = to_bf16(x); });
-    } else {
-      each<T>(slot, [](const T& x, T& stored) { stored = x; });
-    }
-  }
-
- private:
-  // Along the axis that is contiguous in the pool.
-  template <class Stored, class Body>
-  LA2_INLINE void each(int64_t slot, const Body& body) const {
-    const MutableState& s = p.state;
-    Stored* const from = static_cast<Stored*>(s.data) + slot * s.stride_s + head * s.stride_h + first * s.stride_e;
-    const int rows = static_cast<int>(p.dim_k);
-    if (s.stride_e == 1) {
-      for (int row = 0; row < rows; ++row)
-        for (int col = 0; col < cols; ++col) body(copy[row * cols + col], from[row * s.stride_d + col]);
-    } else {
-      for (int col = 0; col < cols; ++col)
-        for (int row = 0; row < rows; ++row) body(copy[row * cols + col], from[row * s.stride_d + col * s.stride_e]);
-    }
-  }
-
-  static LA2_INLINE T from_bf16(uint16_t stored) {
-    const uint32_t bits = static_cast<uint32_t>(stored) << 16;
-    float x;
-    __builtin_memcpy(&x, &bits, sizeof(x));
-    return static_cast<T>(x);
-  }
-  static LA2_INLINE uint16_t to_bf16(T value) {  // to nearest, ties to even
-    const float x = static_cast<float>(value);
-    uint32_t bits;
-    __builtin_memcpy(&bits, &x, sizeof(x));
-    return x != x ? uint16_t{0x7fc0} : static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-  }
-};
 
 // One request, one head, a slice of E: snapshots first, since its own slot may be the one it reads.
 template <class S>
@@ -86,7 +32,7 @@ struct ExtendTask {
     const int64_t named = slot_of(p.read_slots, request, request);
     const int64_t read_slot = p.has_initial_state && !p.has_initial_state[request] ? -1 : named;
     const int64_t write_slot = slot_of(p.write_slots, request, named);
-    const PoolSlice<T> slice{p, head, first, cols, copy};
+    const PoolSlice<T> slice{p.state, head, static_cast<int>(p.dim_k), first, cols, {copy, cols, 1}};
 
     ForwardSweep<S> x = {};
     x.a = rows<const Element>(p.q, begin, 0);
@@ -100,7 +46,7 @@ struct ExtendTask {
     auto sweep = [&](int64_t tokens, int64_t to_slot) {
       if (read_slot >= 0) slice.load(read_slot);
       x.length = tokens;
-      x.final = to_slot >= 0 ? slice.view() : StateView<T>{};
+      x.final = to_slot >= 0 ? slice.copy : StateView<T>{};
       x.run(scratch);
       if (to_slot >= 0) slice.store(to_slot);
     };

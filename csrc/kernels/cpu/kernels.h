@@ -18,7 +18,7 @@ struct Parallel {
 struct Kernels {
   bool (*forward)(const ForwardParams&, const Parallel&);
   bool (*backward)(const BackwardParams&, const Parallel&);
-  bool (*decode)(const DecodeParams&, const Parallel&);
+  bool (*recurrent)(const RecurrentParams&, const Parallel&);
   bool (*extend)(const ExtendParams&, const Parallel&);
   const char* name;  // "baseline", "avx2", "avx512"
 };

@@ -4,9 +4,9 @@
 // Everything but the table has internal linkage and no C++ standard header comes in: an inline function that
 // two instruction sets share would be merged by the linker, and could be the one this machine cannot run.
 #include "backward.h"
-#include "decode.h"
 #include "extend.h"
 #include "forward.h"
+#include "recurrent.h"
 
 namespace la2::cpu {
 namespace {
@@ -33,8 +33,8 @@ bool forward_any(const ForwardParams& p, const Parallel& parallel) {
 bool backward_any(const BackwardParams& p, const Parallel& parallel) {
   return with_storage(p.dtype, [&](auto s) { return backward<decltype(s)>(p, parallel); });
 }
-bool decode_any(const DecodeParams& p, const Parallel& parallel) {
-  return with_storage(p.dtype, [&](auto s) { return decode<decltype(s)>(p, parallel); });
+bool recurrent_any(const RecurrentParams& p, const Parallel& parallel) {
+  return with_storage(p.dtype, [&](auto s) { return recurrent<decltype(s)>(p, parallel); });
 }
 bool extend_any(const ExtendParams& p, const Parallel& parallel) {
   return with_storage(p.dtype, [&](auto s) { return extend<decltype(s)>(p, parallel); });
@@ -43,6 +43,6 @@ bool extend_any(const ExtendParams& p, const Parallel& parallel) {
 }  // namespace
 
 extern const Kernels LA2_CPU_TABLE;
-const Kernels LA2_CPU_TABLE = {forward_any, backward_any, decode_any, extend_any, LA2_CPU_NAME};
+const Kernels LA2_CPU_TABLE = {forward_any, backward_any, recurrent_any, extend_any, LA2_CPU_NAME};
 
 }  // namespace la2::cpu
