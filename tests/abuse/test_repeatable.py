@@ -1,4 +1,4 @@
-"""Every kernel gives the same bits each time, alone and beside others."""
+"""Every kernel gives the same bits each time, in memory full of NaN, alone and beside others."""
 
 import threading
 
@@ -42,6 +42,16 @@ def make(device, dtype, dims, lengths=None):
     return x
 
 
+def poison():
+    """Every block that torch's allocator hands out next is full of NaN: results, workspaces and all."""
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    sizes = (1 << 25, *[5 << 20] * 8, *[1 << 17] * 64, *[128] * 512)
+    blocks = [torch.full((n,), float("nan"), device="cuda") for n in sizes]
+    torch.cuda.synchronize()
+    del blocks
+
+
 def assert_equal(got, want):
     for i, (a, b) in enumerate(zip(got, want, strict=True)):
         assert torch.equal(a, b), f"result {i} differs in {int((a != b).sum())} of {a.numel()} elements"
@@ -61,8 +71,14 @@ def test_every_kernel_repeats_to_the_bit(device, monkeypatch, dtype, dims, plan,
         if "no kernel of family" in str(error) or "LA2_PLAN" in str(error):
             pytest.skip(f"no such plan here: {error}")
         raise
-    for _ in range(RUNS[device]):
-        assert_equal(run(x, need_dslope), first)
+    for i in range(RUNS[device]):
+        if device == "cuda" and i < 2:
+            poison()
+            segments = torch.cuda.memory_stats()["segment.all.allocated"]
+        got = run(x, need_dslope)
+        if device == "cuda" and i < 2:
+            assert torch.cuda.memory_stats()["segment.all.allocated"] == segments, "not all of its memory was poisoned"
+        assert_equal(got, first)
 
 
 def test_threads_and_streams_at_once(device):

@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 
-from lightning_attn2_ext.bench import entries, peers
+from lightning_attn2_ext.bench import entries, machine, peers
 from lightning_attn2_ext.bench.paper import claims, cli, inference, layers, lengths, longest, results, store
 from lightning_attn2_ext.bench.paper.results import EXPERIMENTS
+from lightning_attn2_ext.bench.paper.run import judge
 from tests.support.tolerance import one_thread
 
 CPU = ("--quick", "--device", "cpu")
@@ -273,6 +274,27 @@ def test_one_call_is_held_to_its_whole_length(tmp_path, monkeypatch, backward):
     monkeypatch.setattr(longest.torch, "ops", type("Ops", (), {"la2": Forgetful}))
     result = longest.measure(run, config)
     assert not result["passed"] and "ms" not in result
+
+
+@pytest.mark.parametrize("heads", (1, 2, 5))
+@pytest.mark.parametrize("batch", (1, 3))
+def test_the_gate_looks_at_the_corners(batch, heads):
+    """The first and last batch row, the steepest and the flattest head, by their own slopes."""
+    inputs = machine.qkv(batch, heads, 70, 16, torch.float32, torch.device("cpu"))
+    slope, own = torch.linspace(1, 0.01, heads), peers.Ours()
+    leaves = [x.requires_grad_() for x in inputs[:3]]
+    out = torch.ops.la2.forward(*leaves, slope)
+    results = {"out": out.detach()} | dict(
+        zip(("dq", "dk", "dv"), torch.autograd.grad(out, leaves, inputs[3]), strict=True)
+    )
+    inputs = [x.detach() for x in inputs]
+    assert judge(own, results, inputs, slope).passed
+    for corner in {(b, h) for b in (0, batch - 1) for h in (0, heads - 1)}:
+        for name in results:
+            wrong = {n: x.clone() for n, x in results.items()}
+            wrong[name][corner] *= 1.001
+            verdict = judge(own, wrong, inputs, slope)
+            assert not verdict.passed and [n for n in wrong if verdict.errors[n] > verdict.bounds[n]] == [name]
 
 
 def test_inference_is_held_to_float64(tmp_path, monkeypatch):

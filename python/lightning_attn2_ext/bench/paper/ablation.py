@@ -53,7 +53,9 @@ def points(run: Run) -> list[dict]:
         found += [{"part": "plan", "plan": p} | s for s in (long, wide) for p in PLANS]
         dims = ((d, d // 2), (d, 2 * d), (d // 2, d // 2), (2 * d, 2 * d))
         found += [{"part": "plan", "plan": p} | shape | {"d": a, "e": b} for a, b in dims for p in SLICE_PLANS]
-    found += [{"part": "slopes", "slope": s, "plan": "segments=8"} | shape for s in ("zero", "layer 0 of 80", "huge")]
+    if run.gpu or run.quick:  # a CPU cuts no sequence
+        steep = ("zero", "layer 0 of 80", "huge")
+        found += [{"part": "slopes", "slope": s, "plan": "segments=8"} | shape for s in steep]
     return found
 
 
@@ -275,15 +277,13 @@ def guide(rows: list[dict]) -> str:
                 f"{len(here)} plans ({best['plan'] or 'its own'}) {best[what]:.3f} ms."
             )
     cut = {r["slope"]: r for r in _of(rows, "slopes") if r.get("forward_ms")}
-    if {"zero", "huge"} <= cut.keys():
+    if plans and {"zero", "huge"} <= cut.keys():
         a, b = cut["zero"], cut["huge"]
         text.append(
-            f"With 8 segments (on a GPU; a CPU takes no plan), decay so steep that the state pass has nothing to "
-            f"read saves "
+            "With 8 segments, decay so steep that the state pass has nothing to read saves "
             f"{100 * (1 - b['forward_ms'] / a['forward_ms']):.0f} % of the forward and "
-            f"{100 * (1 - b['backward_ms'] / a['backward_ms']):.0f} % of the backward: the price of cutting a "
-            f"sequence that "
-            "does not decay."
+            f"{100 * (1 - b['backward_ms'] / a['backward_ms']):.0f} % of the backward: the price of cutting a sequence "
+            "that does not decay."
         )
     return "\n\n".join(text) if len(text) > 1 else ""
 

@@ -1,8 +1,8 @@
 """(c) Inference: tokens/s of a model at a position, behind a context that it has read, up to a million tokens.
 
-The model is a TransNormerLLM of 0.4B from experiment (b), in bfloat16 with a state for each layer. The context is read
-in pieces, each point on from the one before; then one token after the other is taken, on a GPU by a CUDA graph. Beside
-it the same model with softmax attention over a cache of keys and values of the position's length.
+The model is a TransNormerLLM of 0.4B from experiment (b) (on a CPU a tiny one) with a state for each layer. The context
+is read in pieces, each point on from the one before; then one token after the other is taken, on a GPU by a CUDA graph.
+Beside it the same model with softmax attention over a cache of keys and values of the position's length.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from .run import Run
 LETTER, TITLE = "c", "Inference tokens/s against position"
 OURS, SOFTMAX = "la2", "softmax with a cache"
 STEPS = 16  # tokens that are taken at a position
+CHECKED = 32  # tokens, each by itself, whose logits are compared with float64
 CACHE_SHARE = 0.7  # of the free memory that a cache may take
 
 
@@ -64,6 +65,19 @@ class _Mixer(LightningAttention):
         return out
 
 
+class _SameAngles(nn.Module):
+    """An Lrpe in float64 but for its angles: those of a position of a million are off by 1/20 in float32, which is the
+    layer's own matter, and would hide what the step is off by."""
+
+    def __init__(self, lrpe: nn.Module):
+        super().__init__()
+        self.theta = lrpe.theta
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        angles = (self.theta.squeeze(1).float() * positions[:, :, None, None].float()).double()
+        return torch.cat((x * angles.cos(), x * angles.sin()), -1)
+
+
 class Model(nn.Module):
     def __init__(self, size: train.Size, vocabulary: int):
         super().__init__()
@@ -71,7 +85,8 @@ class Model(nn.Module):
         self.blocks = nn.ModuleList(Block(size, i) for i in range(size.layers))
         self.norm = GroupRMSNorm(size.width, affine=False)
         for p in self.parameters():
-            nn.init.normal_(p, std=0.02)
+            if p.ndim == 2:
+                nn.init.normal_(p, std=0.02)
 
     def forward(self, tokens: Tensor, states) -> Tensor:
         """``[B, N]`` to the logits of the last token."""
@@ -136,7 +151,7 @@ def measure(run: Run, config: dict) -> dict:
     model, states = _reader.at(run, n)
     rows = torch.zeros(batch, dtype=torch.int64, device=run.device)
     states = [s.select(rows) for s in states]
-    result = verdict(run, model, [s.select(rows[:1]) for s in states], n)
+    result = verdict(run, model, [s.select(rows.new_zeros(CHECKED)) for s in states], n)
     if not result["passed"]:
         return result
     seconds = step_seconds(run, model, states, n)
@@ -145,8 +160,9 @@ def measure(run: Run, config: dict) -> dict:
 
 
 def verdict(run: Run, model: Model, states, n: int) -> dict:
-    """One step from the states, against the same in float64; bound by what plain PyTorch is off by."""
-    token = tokens_at(run, model, n, 1)
+    """One step from the states, with CHECKED tokens, against the same in float64; bound by what plain PyTorch is off
+    by (of a single token by luck next to nothing)."""
+    token = tokens_at(run, model, n, 1, CHECKED)
 
     def logits(model, dtype=None):
         copies = [s.clone() for s in states]
@@ -161,9 +177,10 @@ def verdict(run: Run, model: Model, states, n: int) -> dict:
 
     got = logits(model)
     exact = copy.deepcopy(model).double()
+    exact.blocks[0].mixer.lrpe = _SameAngles(exact.blocks[0].mixer.lrpe)
     want = {"logits": logits(with_plain(exact, 1), torch.float64)}
     del exact
-    # One token has one chunk, whatever its length; in a batch of copies the products are summed in other orders.
+    # One token has one chunk, whatever its length.
     others = [{"logits": logits(with_plain(model, 1))}]
     with_plain(model, None)
     error, bound = testing.error(got, want["logits"]).l2, testing.bounds(want, others)["logits"].l2

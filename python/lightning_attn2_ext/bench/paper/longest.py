@@ -64,10 +64,10 @@ def one_call(run: Run, config: dict) -> dict:
         try:
             return _one_call(run, h, n, d, config["backward"])
         except torch.OutOfMemoryError:
-            run.free_memory()
-            n = int(0.94 * n) // STEP * STEP
-            if n <= 0:
+            if n <= STEP:
                 raise
+        run.free_memory()  # only now is the error gone, and with it what its frames held
+        n = int(0.94 * n) // STEP * STEP
 
 
 def _one_call(run: Run, h: int, n: int, d: int, backward: bool) -> dict:

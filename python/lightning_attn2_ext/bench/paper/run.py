@@ -103,19 +103,17 @@ class Layer(LightningAttention):
         return self.operator(q, k, v, self.slope.to(testing.accumulation_dtype(q.dtype)), self.scale)
 
 
-def sampled(tensors: list[Tensor], slope: Tensor) -> tuple[list[Tensor], Tensor]:
+def sampled(x: Tensor) -> Tensor:
     """The first and the last batch row, the steepest and the flattest head: what the truth is computed for."""
-    batch, heads = tensors[0].shape[:2]
-    rows, columns = sorted({0, batch - 1}), sorted({0, heads - 1})
-    return [t[rows][:, columns] for t in tensors], slope[columns]
+    rows, heads = (sorted({0, n - 1}) for n in x.shape[:2])
+    return x[rows][:, heads]
 
 
 def judge(peer: peers.Peer, results: dict[str, Tensor], inputs: list[Tensor], slope: Tensor) -> gate.Verdict:
     """The verdict of gate.py on sampled batch rows and heads of the whole length."""
-    some, slope = sampled(inputs, slope)
-    found, _ = sampled(list(results.values()), slope)
-    results = dict(zip(results, found, strict=True))
+    q, k, v, grad_out = map(sampled, inputs)
+    results = {name: sampled(x) for name, x in results.items()}
     if peer.softmax:
-        return gate.check_softmax(results["out"], *some[:3])
+        return gate.check_softmax(results["out"], q, k, v)
     margin = testing.MARGIN if isinstance(peer, peers.Ours) else gate.PEER_MARGIN
-    return gate.check(results, *some[:3], slope, some[3], margin)
+    return gate.check(results, q, k, v, slope[sorted({0, len(slope) - 1})], grad_out, margin)

@@ -55,7 +55,8 @@ class Model(nn.Module):
         for block in self.blocks:
             block.mixer.operator = _softmax if is_softmax else train.OPERATORS[train.OURS]
         for p in self.parameters():
-            nn.init.normal_(p, std=0.02)
+            if p.ndim == 2:
+                nn.init.normal_(p, std=0.02)
 
     def _loss(self, x: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy((self.norm(x) @ self.embedding.weight.to(x.dtype).T).float(), targets, reduction="sum")
