@@ -852,7 +852,7 @@ def test_tiny_verify_and_commit(dtype, dims, pool):
     slots = torch.tensor([2, -1, 0], dtype=torch.int32, device=CUDA)
     for pool_dtype in (FP64,) if dtype == FP64 else (FP32, BF16):
         state = pool_of((4, 1, *dims), pool, pool_dtype, CUDA)
-        before = state.cpu()
+        before = state.cpu().clone()
         out = la2.verify(q, k, v, state, y.slope, state_indices=slots).cpu()
         assert torch.equal(state.cpu(), before) and not out[1].any()
         rows = {"q": x.q[[0, 2]], "k": x.k[[0, 2]], "v": x.v[[0, 2]]}
