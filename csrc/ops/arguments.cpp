@@ -37,7 +37,7 @@ std::string shape_text(const Tensor& t) {
 
 const char* device_name(DeviceType t) { return t == DeviceType::CPU ? "cpu" : "cuda"; }
 
-DType kernel_dtype(const char* op, ScalarType t) {
+DType kernel_dtype(const char* op, ScalarType t, const char* name = "q") {
   switch (t) {
     case ScalarType::Float:
       return DType::kFloat32;
@@ -48,7 +48,7 @@ DType kernel_dtype(const char* op, ScalarType t) {
     case ScalarType::Double:
       return DType::kFloat64;
     default:
-      fail(op, ": q.dtype is ", dtype_name(t), ", expected float32, bfloat16, float16 or float64");
+      fail(op, ": ", name, ".dtype is ", dtype_name(t), ", expected float32, bfloat16, float16 or float64");
   }
 }
 
@@ -63,7 +63,7 @@ void check_device(const char* op, const char* name, const Tensor& t, DeviceType 
   if (same_kind && (device == DeviceType::CPU || t.get_device_index() == q.get_device_index())) return;
   const bool q_fits = device == DeviceType::CPU ? q.is_cpu() : q.is_cuda();
   fail(op, ": ", name, " is on ", device_text(t), ", expected ",
-       q_fits ? device_text(q) + " as for q" : std::string(device_name(device)) + ", where the other inputs are");
+       q_fits ? device_text(q) : std::string(device_name(device)), ", where the other inputs are");
 }
 
 void check_rank(const char* op, const char* name, const Tensor& t, int64_t rank, const char* want) {
@@ -101,25 +101,26 @@ Tensor readable_rows(const Tensor& t) {
   return copy;
 }
 
-// q, k and v against each other; of commit, which has no q, k is in its place.
+// q, k and v against each other; of commit, which has no q, k is in its place, called k.
 void check_qkv(const char* op, DeviceType device, const Tensor& q, const Tensor& k, const Tensor& v, int64_t rank,
-               const char* want) {
-  check_rank(op, "q", q, rank, want);
+               const char* want, const char* name = "q") {
+  check_rank(op, name, q, rank, want);
   check_rank(op, "k", k, rank, want);
   check_rank(op, "v", v, rank, want);
-  check_device(op, "q", q, device, q);
+  check_device(op, name, q, device, q);
   check_device(op, "k", k, device, q);
   check_device(op, "v", v, device, q);
-  kernel_dtype(op, q.scalar_type());
-  check_dtype(op, "k", k, q.scalar_type(), " as for q");
-  check_dtype(op, "v", v, q.scalar_type(), " as for q");
+  kernel_dtype(op, q.scalar_type(), name);
+  const std::string as_for = std::string(" as for ") + name;
+  check_dtype(op, "k", k, q.scalar_type(), as_for.c_str());
+  check_dtype(op, "v", v, q.scalar_type(), as_for.c_str());
   for (int64_t i = 0; i + 1 < rank; ++i) {
-    if (k.size(i) != q.size(i)) fail(op, ": k.shape[", i, "] is ", k.size(i), ", expected ", q.size(i), " as for q");
-    if (v.size(i) != q.size(i)) fail(op, ": v.shape[", i, "] is ", v.size(i), ", expected ", q.size(i), " as for q");
+    if (k.size(i) != q.size(i)) fail(op, ": k.shape[", i, "] is ", k.size(i), ", expected ", q.size(i), as_for);
+    if (v.size(i) != q.size(i)) fail(op, ": v.shape[", i, "] is ", v.size(i), ", expected ", q.size(i), as_for);
   }
   if (k.size(rank - 1) != q.size(rank - 1))
-    fail(op, ": k.shape[-1] is ", k.size(rank - 1), ", expected ", q.size(rank - 1), " as for q");
-  check_head_dim(op, "q", q);
+    fail(op, ": k.shape[-1] is ", k.size(rank - 1), ", expected ", q.size(rank - 1), as_for);
+  check_head_dim(op, name, q);
   check_head_dim(op, "k", k);
   check_head_dim(op, "v", v);
 }
@@ -249,7 +250,7 @@ Recurrent check_recurrent(const char* op, DeviceType device, const OptTensor& gi
                           const OptTensor& num_accepted, bool has_tokens, double scale) {
   const Tensor& q = given_q ? *given_q : k;
   check_qkv(op, device, q, k, v, has_tokens ? 4 : 3,
-            has_tokens ? "[rows, tokens, heads, head_dim]" : "[rows, heads, head_dim]");
+            has_tokens ? "[rows, tokens, heads, head_dim]" : "[rows, heads, head_dim]", given_q ? "q" : "k");
   const int64_t h = has_tokens ? 2 : 1;  // the dim of heads
   Recurrent args;
   RecurrentParams& p = args.params;

@@ -10,15 +10,23 @@ from typing import TYPE_CHECKING
 from . import _autocast, _load, _ops  # noqa: F401 - _load defines the operators, the others add their Python side
 
 if TYPE_CHECKING:
-    from .functional import extend, lightning_attention, lightning_attention_decode
+    from .functional import commit, extend, lightning_attention, lightning_attention_decode, verify
 
 __version__ = _load.version
 cuda_status = _load.cuda_status  # "loaded", or why the CUDA kernels are not
 
-__all__ = ["__version__", "cuda_status", "extend", "lightning_attention", "lightning_attention_decode"]
+__all__ = [
+    "__version__",
+    "commit",
+    "cuda_status",
+    "extend",
+    "lightning_attention",
+    "lightning_attention_decode",
+    "verify",
+]
 
 _FUNCTIONS = dict.fromkeys(
-    ("extend", "lightning_attention", "lightning_attention_decode"), "functional"
+    ("commit", "extend", "lightning_attention", "lightning_attention_decode", "verify"), "functional"
 )  # name -> its module
 _MODULES = ("compat", "distributed", "functional", "integrations", "nn", "slopes", "testing")
 

@@ -23,13 +23,15 @@ def _cast(x: torch.Tensor, device_type: str) -> torch.Tensor:
 def _register(op, device_type: str) -> None:
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, _KEYS[device_type]))
 
-    def autocast(q, k, v, *args, **kwargs):
+    rows = sum(argument.name in ("q", "k", "v") for argument in op._schema.arguments)  # they come first
+
+    def autocast(*args, **kwargs):
         with torch._C._ExcludeDispatchKeyGuard(keys):
-            return op(*(_cast(x, device_type) for x in (q, k, v)), *args, **kwargs)
+            return op(*(_cast(x, device_type) for x in args[:rows]), *args[rows:], **kwargs)
 
     _library.impl(op, autocast, _KEYS[device_type])
 
 
-for _op in (torch.ops.la2.forward, torch.ops.la2.forward_with_state, torch.ops.la2.decode, torch.ops.la2.extend):
+for _name in ("forward", "forward_with_state", "decode", "verify", "commit", "extend"):
     for _device_type in _KEYS:
-        _register(_op.default, _device_type)
+        _register(getattr(torch.ops.la2, _name).default, _device_type)

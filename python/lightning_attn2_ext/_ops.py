@@ -80,6 +80,16 @@ def _decode_fake(q, k, v, state, slope=None, *, state_indices=None, scale=1.0):
     return q.new_empty((q.shape[0], q.shape[1], v.shape[-1]))
 
 
+@torch.library.register_fake("la2::verify")
+def _verify_fake(q, k, v, state, slope=None, *, state_indices=None, scale=1.0):
+    return q.new_empty((*q.shape[:3], v.shape[-1]))
+
+
+@torch.library.register_fake("la2::commit")
+def _commit_fake(k, v, state, num_accepted, slope=None, *, state_indices=None):
+    return None
+
+
 @torch.library.register_fake("la2::extend")
 def _extend_fake(q, k, v, state, cu_seqlens, slope=None, **options):
     return q.new_empty((q.shape[0], q.shape[1], v.shape[-1]))
@@ -471,68 +481,62 @@ def _backward_autograd(
 _library.impl(_la2.backward.default, _backward_autograd, "Autograd", with_keyset=True)
 
 
-def _decode_autograd(keyset, q, k, v, state, slope=None, *, state_indices=None, scale=1.0):
-    """decode updates its state in place and has no gradient; inference_mode skips this check."""
-    if state.requires_grad:
+# ---- operators on pools of states: no gradient, and the state changes in place. They run once a layer and token, so
+# these kernels are short: one for each call, which goes below Autograd and ADInplaceOrView at once.
+
+_below = torch._C._AutoDispatchBelowADInplaceOrView
+_AFTER = torch._C._after_ADInplaceOrView_keyset
+_increment_version = torch._C._increment_version
+
+
+def _refuse_gradients(op, args, writes_state: bool) -> None:
+    """Some argument requires grad: an error, but for no_grad where the state is not among them."""
+    name = op._opname
+    named = dict(zip((a.name for a in op._schema.arguments), args, strict=False))
+    if writes_state and named["state"].requires_grad:
         raise RuntimeError(
-            "la2::decode: state requires grad, expected a state without gradient, since it is updated in place "
+            f"la2::{name}: state requires grad, expected a state without gradient, since it is updated in place "
             "(pass state.detach(), or use la2::forward_with_state to differentiate)"
         )
     if torch.is_grad_enabled():
-        for name, x in (("q", q), ("k", k), ("v", v), ("slope", slope)):
-            if x is not None and x.requires_grad:
-                raise RuntimeError(
-                    f"la2::decode: {name} requires grad, expected inputs without gradient, since decode has no "
-                    "backward (call it under torch.no_grad() or torch.inference_mode(), or use la2::forward_with_state)"
-                )
-    return _redispatch(
-        _la2.decode.default, keyset, (q, k, v, state, slope), {"state_indices": state_indices, "scale": scale}
-    )
-
-
-_library.impl(_la2.decode.default, _decode_autograd, "Autograd", with_keyset=True)
-
-
-def _decode_in_place(keyset, *args, **kwargs):
-    """Also in inference mode, where the Autograd key is skipped: a graph may have saved the state."""
-    with torch._C._AutoDispatchBelowADInplaceOrView():
-        out = _la2.decode.default.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args, **kwargs)
-    torch.autograd.graph.increment_version(args[3] if len(args) > 3 else kwargs["state"])
-    return out
-
-
-_library.impl(_la2.decode.default, _decode_in_place, "ADInplaceOrView", with_keyset=True)
-
-
-def _extend_autograd(keyset, q, k, v, state, cu_seqlens, slope=None, **options):
-    """As of decode."""
-    if state.requires_grad:
+        first = next(n for n, x in named.items() if x is not None and x.requires_grad)
         raise RuntimeError(
-            "la2::extend: state requires grad, expected a state without gradient, since it is updated in place "
-            "(pass state.detach(), or use la2::forward_with_state to differentiate)"
+            f"la2::{name}: {first} requires grad, expected inputs without gradient, since {name} has no "
+            "backward (call it under torch.no_grad() or torch.inference_mode(), or use la2::forward_with_state)"
         )
-    if torch.is_grad_enabled():
-        for name, x in (("q", q), ("k", k), ("v", v), ("slope", slope)):
+
+
+def _register_pool_operator(op) -> None:
+    redispatch = op._handle.redispatch_boxed
+    names = [a.name for a in op._schema.arguments]
+    at = names.index("state")  # arguments that are not keyword-only come by position
+    writes_state = op._schema.arguments[at].alias_info is not None
+
+    def autograd(keyset, *args, **kwargs):
+        for x in args:
             if x is not None and x.requires_grad:
-                raise RuntimeError(
-                    f"la2::extend: {name} requires grad, expected inputs without gradient, since extend has no "
-                    "backward (call it under torch.no_grad() or torch.inference_mode(), or use la2::forward_with_state)"
-                )
-    return _redispatch(_la2.extend.default, keyset, (q, k, v, state, cu_seqlens, slope), options)
+                _refuse_gradients(op, args, writes_state)
+                break
+        with _below():
+            out = redispatch(keyset & _AFTER, *args, **kwargs)
+        if writes_state:
+            _increment_version((args[at],))
+        return out
+
+    def in_place(keyset, *args, **kwargs):
+        """In inference mode, where the Autograd key is skipped: a graph may have saved the state."""
+        with _below():
+            out = redispatch(keyset & _AFTER, *args, **kwargs)
+        _increment_version((args[at],))
+        return out
+
+    _library.impl(op, autograd, "Autograd", with_keyset=True)
+    if writes_state:
+        _library.impl(op, in_place, "ADInplaceOrView", with_keyset=True)
 
 
-_library.impl(_la2.extend.default, _extend_autograd, "Autograd", with_keyset=True)
-
-
-def _extend_in_place(keyset, *args, **kwargs):
-    """As of decode."""
-    with torch._C._AutoDispatchBelowADInplaceOrView():
-        out = _la2.extend.default.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args, **kwargs)
-    torch.autograd.graph.increment_version(args[3] if len(args) > 3 else kwargs["state"])
-    return out
-
-
-_library.impl(_la2.extend.default, _extend_in_place, "ADInplaceOrView", with_keyset=True)
+for _op in (_la2.decode.default, _la2.verify.default, _la2.commit.default, _la2.extend.default):
+    _register_pool_operator(_op)
 
 
 # ---- vmap: the mapped dimension joins the heads, which no sequence layout minds
@@ -584,9 +588,10 @@ def _register_vmap(op, rule, signature: tuple[str, ...], defaults: dict) -> None
         from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 
         values = defaults | dict(zip(signature, args, strict=False)) | kwargs
-        return custom_function_call_vmap_helper(
+        result = custom_function_call_vmap_helper(
             retrieve_current_functorch_interpreter(), positional_rule, by_position, *(values[n] for n in signature)
         )
+        return result if op._schema.returns else None
 
     _library.impl(op, kernel, "FuncTorchBatched", with_keyset=True)
 
@@ -638,11 +643,20 @@ def _backward_vmap(
     ), (1, 1, 1, slope_dim, state_dim)
 
 
+def _state_into_heads(op: str, state: Tensor, mapped: int | None, size: int) -> Tensor:
+    if mapped is None:
+        raise NotImplementedError(f"la2::{op}: state is not mapped by vmap, expected one state for every sample")
+    return _into_heads(state, mapped, size, 1)
+
+
+def _out_of_merged(merged: Tensor, state: Tensor, mapped: int, size: int) -> None:
+    if merged.data_ptr() != state.data_ptr():  # merging copied, so the update goes back
+        state.copy_(_out_of_heads(merged, size).movedim(1, mapped))
+
+
 def _decode_vmap(size, dims, q, k, v, state, slope, state_indices, scale):
     _refuse_mapped("decode", "state_indices", dims["state_indices"])
-    if dims["state"] is None:
-        raise NotImplementedError("la2::decode: state is not mapped by vmap, expected one state for every sample")
-    merged = _into_heads(state, dims["state"], size, 1)
+    merged = _state_into_heads("decode", state, dims["state"], size)
     out = _la2.decode(
         _into_heads(q, dims["q"], size, 1),
         _into_heads(k, dims["k"], size, 1),
@@ -652,9 +666,38 @@ def _decode_vmap(size, dims, q, k, v, state, slope, state_indices, scale):
         state_indices=state_indices,
         scale=scale,
     )
-    if merged.data_ptr() != state.data_ptr():  # merging copied, so the update goes back
-        state.copy_(_out_of_heads(merged, size).movedim(1, dims["state"]))
+    _out_of_merged(merged, state, dims["state"], size)
     return _out_of_heads(out, size), 1
+
+
+def _verify_vmap(size, dims, q, k, v, state, slope, state_indices, scale):
+    _refuse_mapped("verify", "state_indices", dims["state_indices"])
+    out = _la2.verify(
+        _into_heads(q, dims["q"], size, 2),
+        _into_heads(k, dims["k"], size, 2),
+        _into_heads(v, dims["v"], size, 2),
+        _into_heads(state, dims["state"], size, 1),
+        _slope_into_heads(slope, dims["slope"], size),
+        state_indices=state_indices,
+        scale=scale,
+    )
+    return _out_of_heads(out, size, 2), 2
+
+
+def _commit_vmap(size, dims, k, v, state, num_accepted, slope, state_indices):
+    _refuse_mapped("commit", "num_accepted", dims["num_accepted"])
+    _refuse_mapped("commit", "state_indices", dims["state_indices"])
+    merged = _state_into_heads("commit", state, dims["state"], size)
+    _la2.commit(
+        _into_heads(k, dims["k"], size, 2),
+        _into_heads(v, dims["v"], size, 2),
+        merged,
+        num_accepted,
+        _slope_into_heads(slope, dims["slope"], size),
+        state_indices=state_indices,
+    )
+    _out_of_merged(merged, state, dims["state"], size)
+    return (), ()
 
 
 _INPUTS = ("q", "k", "v", "slope", "initial_state", "cu_seqlens", "scale")
@@ -667,11 +710,15 @@ _register_vmap(
     ("grad_out", "grad_final_state", *_INPUTS, "need_dslope"),
     _DEFAULTS | {"need_dslope": True},
 )
+_STEP = ("q", "k", "v", "state", "slope", "state_indices", "scale")
+_STEP_DEFAULTS = {"slope": None, "state_indices": None, "scale": 1.0}
+_register_vmap(_la2.decode.default, _decode_vmap, _STEP, _STEP_DEFAULTS)
+_register_vmap(_la2.verify.default, _verify_vmap, _STEP, _STEP_DEFAULTS)
 _register_vmap(
-    _la2.decode.default,
-    _decode_vmap,
-    ("q", "k", "v", "state", "slope", "state_indices", "scale"),
-    {"slope": None, "state_indices": None, "scale": 1.0},
+    _la2.commit.default,
+    _commit_vmap,
+    ("k", "v", "state", "num_accepted", "slope", "state_indices"),
+    {"slope": None, "state_indices": None},
 )
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import _ops  # noqa: F401  (registers autograd and the fake kernels)
 
-__all__ = ["extend", "lightning_attention", "lightning_attention_decode"]
+__all__ = ["commit", "extend", "lightning_attention", "lightning_attention_decode", "verify"]
 
 
 def lightning_attention(
@@ -82,8 +82,8 @@ def lightning_attention_decode(
 
     Args:
         q, k: `[rows, H, D]`; v: `[rows, H, E]`; dtypes and head dims as for `lightning_attention`.
-        state: `[slots, H, D, E]`, float32 (float64 for float64 inputs), any strides; updated in place, and may not
-            require grad.
+        state: `[slots, H, D, E]`, float32 or bfloat16 (float64 for float64 inputs), any strides; updated in place,
+            and may not require grad. Arithmetic is float32 whichever it is; bfloat16 is rounded once a call.
         slope: `[H]` or `[rows, H]`.
         state_indices: int32 or int64 `[rows]`, the slot of each row, no two alike. A negative one is padding: no
             state is touched and the output row is zero. None: row i uses slot i, and slots must equal rows.
@@ -96,6 +96,70 @@ def lightning_attention_decode(
         RuntimeError: on arguments that do not fit, or where a gradient is asked for.
     """
     return torch.ops.la2.decode(q, k, v, state, slope, state_indices=state_indices, scale=scale)
+
+
+def verify(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Tensor,
+    slope: Tensor | None = None,
+    *,
+    state_indices: Tensor | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    """The outputs of T draft tokens for each row, one after the other, with the pool of states left as it is: the
+    target model's part of speculative decoding. `commit` then takes in the tokens that were accepted.
+
+    The outputs are those of T decode steps, to the bit where the pool is float32 or float64. A bfloat16 state is read
+    once and goes on in float32, where T decode steps would round it T times.
+
+    Args:
+        q, k: `[rows, T, H, D]`; v: `[rows, T, H, E]`, T from 1 to 16; dtypes and head dims as for
+            `lightning_attention`, any strides but the last.
+        state: `[slots, H, D, E]`, float32 or bfloat16 (float64 for float64 inputs), any strides; not written.
+        slope: `[H]` or `[rows, H]`.
+        state_indices: int32 or int64 `[rows]`, the slot of each row. A negative one is padding: its output rows are
+            zero. None: row i uses slot i, and slots must equal rows.
+        scale: factor on the scores.
+
+    Returns:
+        `[rows, T, H, E]`, of q's dtype.
+
+    Raises:
+        RuntimeError: on arguments that do not fit, or where a gradient is asked for.
+    """
+    return torch.ops.la2.verify(q, k, v, state, slope, state_indices=state_indices, scale=scale)
+
+
+def commit(
+    k: Tensor,
+    v: Tensor,
+    state: Tensor,
+    num_accepted: Tensor,
+    slope: Tensor | None = None,
+    *,
+    state_indices: Tensor | None = None,
+) -> None:
+    """Takes the first `num_accepted[i]` of T tokens of each row i into the pool of states, in place: after `verify`,
+    with the same k and v.
+
+    The states are those of as many decode steps, to the bit where the pool is float32 or float64. A bfloat16 state is
+    rounded once a call.
+
+    Args:
+        k: `[rows, T, H, D]`; v: `[rows, T, H, E]`, as for `verify`.
+        state: `[slots, H, D, E]`, float32 or bfloat16 (float64 for float64 inputs), any strides; updated in place,
+            and may not require grad.
+        num_accepted: int32 or int64 `[rows]`, taken as 0 to T where it is beyond. With 0 a slot keeps every bit.
+        slope: `[H]` or `[rows, H]`.
+        state_indices: int32 or int64 `[rows]`, the slot of each row, no two alike. A negative one is padding: no
+            state is touched. None: row i uses slot i, and slots must equal rows.
+
+    Raises:
+        RuntimeError: on arguments that do not fit, or where a gradient is asked for.
+    """
+    torch.ops.la2.commit(k, v, state, num_accepted, slope, state_indices=state_indices)
 
 
 def extend(

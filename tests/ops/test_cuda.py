@@ -14,7 +14,8 @@ import torch
 
 import lightning_attn2_ext  # noqa: F401 - defines torch.ops.la2
 from tests.support.cases import Case, accumulation_dtype
-from tests.support.tolerance import check_backward, check_forward, gradient_truth
+from tests.support.pools import pool_of
+from tests.support.tolerance import check_backward, check_forward, forward_truth, gradient_truth
 from triton_ref import naive
 
 la2 = torch.ops.la2
@@ -836,6 +837,44 @@ def test_tiny_decode(dtype, dims, state_layout):
     live, used = [0, 2], [2, 0]
     step = {"q": x.q[live], "k": x.k[live], "v": x.v[live], "initial_state": before[used]}
     check_forward(x.replace(**step), got[live][:, :, None], pool[used])
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("pool", ("kv", "vk", "padded"))
+@pytest.mark.parametrize("dims", ((64, 40), (128, 24), (256, 64)), ids=plan_id)
+@pytest.mark.parametrize("dtype", (BF16, FP32, FP64), ids=plan_id)
+def test_tiny_verify_and_commit(dtype, dims, pool):
+    """Several tokens, pools in float32 and in bfloat16; the truth is computed on the CPU."""
+    case = Case(heads=1, batch=3, length=3, key_dim=dims[0], value_dim=dims[1], dtype=dtype, state_layout=None)
+    x = case.make("cpu")
+    y = moved_to_gpu(x)
+    q, k, v = (t.transpose(1, 2) for t in (y.q, y.k, y.v))
+    slots = torch.tensor([2, -1, 0], dtype=torch.int32, device=CUDA)
+    for pool_dtype in (FP64,) if dtype == FP64 else (FP32, BF16):
+        state = pool_of((4, 1, *dims), pool, pool_dtype, CUDA)
+        before = state.cpu().clone()
+        out = la2.verify(q, k, v, state, y.slope, state_indices=slots).cpu()
+        assert torch.equal(state.cpu(), before) and not out[1].any()
+        rows = {"q": x.q[[0, 2]], "k": x.k[[0, 2]], "v": x.v[[0, 2]]}
+        wide = x.replace(**rows, initial_state=before[[2, 0]].to(accumulation_dtype(dtype)))
+        truth = None  # in float64 it is off by as much as the result may be
+        if dtype == FP64:
+            truth = tuple(forward_truth(wide).values())
+        check_forward(wide, out[[0, 2]].transpose(1, 2), against=truth)
+        accepted = torch.tensor([2, 3, 0], device=CUDA)
+        la2.commit(k, v, state, accepted, y.slope, state_indices=slots)
+        after = state.cpu()
+        assert torch.equal(after[[0, 1, 3]], before[[0, 1, 3]])
+        if pool_dtype != BF16:
+            two = wide.replace(**{n: t[:1, :, :2] for n, t in rows.items()}, initial_state=wide.initial_state[:1])
+            truth = tuple(forward_truth(two).values()) if dtype == FP64 else None
+            check_forward(two, None, after[[2]], against=truth)
+        else:
+            twin = pool_of((4, 1, *dims), pool, FP32, CUDA).copy_(before)
+            la2.commit(k, v, twin, accepted, y.slope, state_indices=slots)
+            assert torch.equal(after, twin.cpu().to(BF16))
+        step = la2.decode(q[:, 0], k[:, 0], v[:, 0], state, y.slope, state_indices=slots)
+        assert not step[1].any() and step[0].any()
 
 
 def test_tiny_cases_cover_every_sm80_shape():

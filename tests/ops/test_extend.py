@@ -7,6 +7,7 @@ import torch
 
 import lightning_attn2_ext
 from tests.support.cases import Case, accumulation_dtype
+from tests.support.pools import bits, pool_of
 from tests.support.tolerance import check_forward
 
 la2 = torch.ops.la2
@@ -14,17 +15,6 @@ BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.flo
 NAN = float("nan")
 MIXED = (0, 1, 2, 63, 64, 65, 300)
 INDEX_DTYPES = (torch.int32, torch.int64)
-
-
-def pool_of(shape, layout, dtype, device, seed=7):
-    """A random pool [slots, H, D, E]. padded: rows that no vector access fits."""
-    slots, heads, dim_k, dim_v = shape
-    generator = torch.Generator(device).manual_seed(seed)
-    size = {"kv": (dim_k, dim_v), "vk": (dim_v, dim_k), "padded": (dim_k + 1, dim_v + 1)}[layout]
-    stored = torch.randn(slots, heads, *size, generator=generator, device=device).to(dtype)
-    if layout == "vk":
-        return stored.transpose(2, 3)
-    return stored[:, :, :dim_k, :dim_v] if layout == "padded" else stored
 
 
 class Problem:
@@ -129,10 +119,6 @@ class Problem:
 
 def x_acc(q):
     return accumulation_dtype(q.dtype)
-
-
-def bits(x):
-    return x.contiguous().view(torch.uint8)
 
 
 def slots_of(lengths, apart=True):

@@ -160,7 +160,8 @@ def test_decode(tmp_path, capsys):
     ours = [r for r in rows if r["op"] == decode.OURS]
     assert [r["batch"] for r in ours] == [1, 2]
     assert all(r["passed"] and r["ms"] > 0 and set(r["errors"]) == {"out", "state"} for r in ours)
-    assert {r["op"] for r in rows} >= {"plain PyTorch", decode.SOFTMAX}
+    assert {r["op"] for r in rows} >= {"plain PyTorch", decode.SOFTMAX, decode.SCALING, *decode.POOLS}
+    assert all(r["passed"] and r["ms"] > 0 for r in rows if r["op"] in decode.POOLS)
     assert len(list((tmp_path / "plots").glob("*.png"))) == 3
     assert "of floor" in capsys.readouterr().out
 
@@ -176,6 +177,24 @@ def test_decode_refuses_a_wrong_step(monkeypatch, capsys):
     monkeypatch.setattr(torch.ops.la2, "decode", ages_twice)
     assert decode.main(["--quick", "--device", "cpu", "--heads", "2", "--head-dim", "16", "--contexts"]) == 1
     assert "WRONG RESULT, no figures: la2, batch 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("operator", ("verify", "commit"))
+def test_decode_refuses_wrong_steps_of_a_draft(monkeypatch, capsys, operator):
+    """verify may not touch the states, commit must take in all tokens."""
+    true_op = getattr(torch.ops.la2, operator)
+
+    def verify(q, k, v, state, slope, **options):
+        out = true_op(q, k, v, state, slope, **options)
+        state[0, 0, 0, 0] += 1
+        return out
+
+    def commit(k, v, state, accepted, slope, **options):
+        true_op(k, v, state, accepted - 1, slope, **options)
+
+    monkeypatch.setattr(torch.ops.la2, operator, {"verify": verify, "commit": commit}[operator])
+    assert decode.main(["--quick", "--device", "cpu", "--heads", "2", "--head-dim", "16", "--contexts"]) == 1
+    assert f"WRONG RESULT, no figures: la2 {operator}, 8 tokens, batch 1" in capsys.readouterr().out
 
 
 QUICK_EXTEND = ["--quick", "--device", "cpu", "--heads", "2", "--head-dim", "16"]
