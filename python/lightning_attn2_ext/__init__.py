@@ -18,7 +18,7 @@ cuda_status = _load.cuda_status  # "loaded", or why the CUDA kernels are not
 __all__ = ["__version__", "cuda_status", "lightning_attention", "lightning_attention_decode"]
 
 _FUNCTIONS = dict.fromkeys(("lightning_attention", "lightning_attention_decode"), "functional")  # name -> its module
-_MODULES = ("compat", "distributed", "functional", "integrations", "nn", "slopes", "testing")
+_MODULES = ("compat", "distributed", "functional", "integrations", "nn", "serving", "slopes", "testing")
 
 
 def __getattr__(name: str):
