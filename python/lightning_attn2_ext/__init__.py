@@ -28,7 +28,7 @@ __all__ = [
 _FUNCTIONS = dict.fromkeys(
     ("commit", "extend", "lightning_attention", "lightning_attention_decode", "verify"), "functional"
 )  # name -> its module
-_MODULES = ("compat", "distributed", "functional", "integrations", "nn", "slopes", "testing")
+_MODULES = ("compat", "distributed", "functional", "integrations", "nn", "serving", "slopes", "testing")
 
 
 def __getattr__(name: str):

@@ -8,6 +8,7 @@ from importlib import import_module
 _USAGE = """usage: python -m lightning_attn2_ext <command> [options]
 
   demo        train, measure and sample a small language model on this machine
+  demo generate   serve requests with it: continuous batching, beams, drafts
   info        what is installed, what was loaded and what would run
   check       test this installation on every device and dtype
   bench cpu   time the operators on the CPU beside softmax attention
@@ -32,6 +33,7 @@ Each takes --help."""
 
 _TABLES = ("compare", "speed", "memory", "decode", "extend", "accuracy", "layer", "train")
 _COMMANDS = {
+    ("demo", "generate"): "demo.serve",
     ("demo",): "demo.cli",
     ("info",): "info",
     ("check",): "check",

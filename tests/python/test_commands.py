@@ -142,3 +142,14 @@ def test_demo_is_reproducible(tmp_path):
 def test_demo_says_when_there_is_no_text(tmp_path):
     done = command("demo", "--quick", "--text-dir", tmp_path, "--out", tmp_path / "out")
     assert done.returncode != 0 and "too little to train on" in done.stderr
+
+
+def test_demo_generate(tmp_path):
+    kept = tmp_path / "model.pt"
+    for turn in ("trained for 30 steps", f"weights of {kept}"):
+        done = command("demo", "generate", "--quick", "--device", "cpu", "--bytes", 24, "--model", kept)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert turn in done.stdout and done.stdout.count(": yes") >= 3
+        assert "0 of 4 slots in use (peak 4)" in done.stdout
+    wrong = command("demo", "generate", "--slots", 0)
+    assert wrong.returncode == 2 and "--slots is 0, expected at least 1" in wrong.stderr

@@ -16,13 +16,17 @@ BLOCKS = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.MULTILINE |
 def test_blocks_run_one_after_the_other(monkeypatch):
     # aot_eager captures the same graph as inductor and needs no compiler at test time.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    assert len(BLOCKS) == 5
+    assert len(BLOCKS) == 6
     names: dict = {}
     for block in BLOCKS:
         if "from transformers" in block and importlib.util.find_spec("transformers") is None:
             continue
         exec(compile(block, str(README), "exec"), names)
     assert names["out"].shape == (3, 8, 64) and not names["out"][1].any()
+    pool, decoded = names["pool"], names["decoded"]
+    assert pool.memory_report().used == 4 and decoded[:4].any() and not decoded[4:].any()
+    (kept,) = names["beams"][:1]
+    assert pool.tensor[:, kept].any() and not torch.equal(pool.tensor[:, kept], pool.tensor[:, names["requests"][0]])
 
 
 def rows(heading):

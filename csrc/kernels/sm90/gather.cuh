@@ -108,7 +108,7 @@ __device__ __forceinline__ void gather(GatherStorage<Cfg>& smem, const Trilinear
       if constexpr (!Cfg::kSplit)
         if (job.final.data != nullptr)
           update_rows_by_rest<T, kAtOnce>(z, stage.b, stage.c, gatherer, token_weights(powers, job.reverse, rows, me),
-                                     update, me);
+                                          update, me);
       release_stage(smem.empty[ring.stage], schedule.cluster, me.lane);
     }
     if (p.states_alone) {

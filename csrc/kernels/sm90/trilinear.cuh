@@ -87,6 +87,12 @@ __device__ __forceinline__ void issue_inter(Accumulators<kRegs>& out, const Tile
   ptx::wgmma_commit();
 }
 
+// What the state's operand was divided by, read by the lane that will say that its warp is done with it.
+template <class Cfg>
+__device__ __forceinline__ float range_undo_of(const SharedStorage<Cfg>& smem, int state, const WarpgroupLane& me) {
+  return __shfl_sync(0xffffffffu, me.lane == 0 ? smem.range_undo[state] : 0.f, 0);
+}
+
 // ---- steps of the state warpgroup
 
 template <class Cfg>
@@ -200,14 +206,15 @@ __device__ __forceinline__ void write_outputs(SharedStorage<Cfg>& smem, const Tr
       Accumulators<Cfg::kSlice / 2> out;
       ptx::mbarrier_wait(shared_address(&smem.state_full[state]), state_ring.parity);
       issue_inter<T, tile::RowsOperand>(out, smem.stages[stage].a, smem.state[state]);
-      uint32_t masked[kChunk / 16][4], diagonal[Cfg::kSplit ? 4 : 1];
-      mask_scores<T, Cfg::kSplit>(masked, diagonal, scores, smem.weights, me);
+      uint32_t masked[kChunk / 16][4], diagonal[1];
+      mask_scores<T, false>(masked, diagonal, scores, smem.weights, me);
       const int row = me.warp * 16 + me.group;
       float upper = row_weight(smem.weights, reverse, rows, row),
             lower = row_weight(smem.weights, reverse, rows, row + 8);
       if constexpr (Cfg::kNeedsRange) {
-        upper *= smem.range_undo[state];
-        lower *= smem.range_undo[state];
+        const float undo = range_undo_of(smem, state, me);
+        upper *= undo;
+        lower *= undo;
       }
       ptx::wgmma_wait<0>();
       ptx::pin_registers(out);
@@ -215,7 +222,6 @@ __device__ __forceinline__ void write_outputs(SharedStorage<Cfg>& smem, const Tr
       if (me.lane == 0) ptx::mbarrier_arrive(shared_address(&smem.state_empty[state]));
       state_ring.advance();
       scale_rows(out, upper, lower);
-      if constexpr (Cfg::kSplit) add_diagonal<T>(out, diagonal, smem.stages[stage].c);
       issue_intra<T>(out, masked, smem.stages[stage].c);
 
       // Behind the last chunk the scores are computed once more, unused: products in flight across a branch would be
@@ -286,8 +292,9 @@ __device__ __forceinline__ void write_both_outputs(SharedStorage<Cfg>& smem, con
       float upper = row_weight(smem.weights, reverse, rows, row),
             lower = row_weight(smem.weights, reverse, rows, row + 8);
       if constexpr (Cfg::kNeedsRange) {
-        upper *= smem.range_undo[state];
-        lower *= smem.range_undo[state];
+        const float undo = range_undo_of(smem, state, me);
+        upper *= undo;
+        lower *= undo;
       }
       ptx::wgmma_wait<1>();
       ptx::pin_registers(out);

@@ -8,6 +8,8 @@ four bytes reaches a prediction through the mixer's state alone.
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,9 @@ from torch.nn import functional as F
 
 from .. import slopes
 from .._ops import _accumulation_dtype
+
+if TYPE_CHECKING:
+    from ..serving import StatePool
 
 VOCABULARY = 256  # bytes
 NGRAMS = (2, 3, 4)
@@ -101,10 +106,27 @@ class Mixer(nn.Module):
         o, state = torch.ops.la2.forward_with_state(q, k, v, self.slope, initial_state=state)
         return self.finish(x, o), state
 
-    def decode(self, x: Tensor, state: Tensor) -> Tensor:
-        """One token a row, ``x [B, 1, width]``; the state ``[B, H, D, D]`` is updated in place."""
+    def decode(self, x: Tensor, state: Tensor, slots: Tensor | None = None) -> Tensor:
+        """One token a row, ``x [B, 1, width]``; the state ``[B, H, D, D]`` is updated in place, or that of each row's
+        slot in a pool ``[slots, H, D, D]``."""
         q, k, v = (t.squeeze(2) for t in self.project(x))
-        return self.finish(x, torch.ops.la2.decode(q, k, v, state, self.slope).unsqueeze(2))
+        return self.finish(x, torch.ops.la2.decode(q, k, v, state, self.slope, state_indices=slots).unsqueeze(2))
+
+    def extend(self, x: Tensor, state: Tensor, slots: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """The tokens of several requests one behind the other, ``x [1, N, width]``, on from the states of their
+        slots."""
+        q, k, v = (t[0].transpose(0, 1) for t in self.project(x))
+        o = torch.ops.la2.extend(q, k, v, state, cu_seqlens, self.slope, read_slots=slots, write_slots=slots)
+        return self.finish(x, o.transpose(0, 1)[None])
+
+    def verify(self, x: Tensor, state: Tensor, slots: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Draft tokens ``x [B, T, width]`` behind the states of their slots, which stay; and what commits them."""
+        q, k, v = (t.transpose(1, 2) for t in self.project(x))
+        o = torch.ops.la2.verify(q, k, v, state, self.slope, state_indices=slots)
+        return self.finish(x, o.transpose(1, 2)), (k, v)
+
+    def commit(self, draft: tuple[Tensor, Tensor], state: Tensor, slots: Tensor, num_accepted: Tensor) -> None:
+        torch.ops.la2.commit(*draft, state, num_accepted, self.slope, state_indices=slots)
 
 
 class GatedUnit(nn.Module):
@@ -135,9 +157,18 @@ class Block(nn.Module):
         x = x + o
         return x + self.unit(self.unit_norm(x)), state
 
-    def decode(self, x: Tensor, state: Tensor) -> Tensor:
-        x = x + self.mixer.decode(self.mixer_norm(x), state)
+    def decode(self, x: Tensor, state: Tensor, slots: Tensor | None = None) -> Tensor:
+        x = x + self.mixer.decode(self.mixer_norm(x), state, slots)
         return x + self.unit(self.unit_norm(x))
+
+    def extend(self, x: Tensor, state: Tensor, slots: Tensor, cu_seqlens: Tensor) -> Tensor:
+        x = x + self.mixer.extend(self.mixer_norm(x), state, slots, cu_seqlens)
+        return x + self.unit(self.unit_norm(x))
+
+    def verify(self, x: Tensor, state: Tensor, slots: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        o, draft = self.mixer.verify(self.mixer_norm(x), state, slots)
+        x = x + o
+        return x + self.unit(self.unit_norm(x)), draft
 
 
 class LanguageModel(nn.Module):
@@ -178,12 +209,38 @@ class LanguageModel(nn.Module):
             after.append(state)
         return self.head(self.norm(x)), after
 
-    def decode(self, tokens: Tensor, states: list[Tensor]) -> Tensor:
-        """Reads one token a row ``[B, HISTORY + 1]``, updating ``states`` in place: logits ``[B, 256]``."""
+    def decode(self, tokens: Tensor, states: list[Tensor] | StatePool, slots: Tensor | None = None) -> Tensor:
+        """Reads one token a row ``[B, HISTORY + 1]``, updating ``states`` in place: logits ``[B, 256]``.
+
+        ``states`` are those of the rows, or a pool in which ``slots [B]`` are theirs.
+        """
         x = self.embedding(tokens)
         for block, state in zip(self.blocks, states, strict=True):
-            x = block.decode(x, state)
+            x = block.decode(x, state, slots)
         return self.head(self.norm(x))[:, 0]
+
+    def extend(self, texts: list[Tensor], pool: StatePool, slots: Tensor) -> Tensor:
+        """Reads texts ``[HISTORY + n]`` of different lengths together, each on from its slot: of each the logits behind
+        its last token, ``[len(texts), 256]``."""
+        x = torch.cat([self.embedding(text[None]) for text in texts], 1)
+        ends = list(itertools.accumulate(len(text) - HISTORY for text in texts))
+        cu_seqlens = torch.tensor([0, *ends], dtype=torch.int32, device=x.device)
+        for block, state in zip(self.blocks, pool, strict=True):
+            x = block.extend(x, state, slots, cu_seqlens)
+        return self.head(self.norm(x[0, cu_seqlens[1:] - 1]))
+
+    def verify(self, tokens: Tensor, pool: StatePool, slots: Tensor) -> tuple[Tensor, list]:
+        """Logits ``[B, T, 256]`` behind draft tokens ``[B, HISTORY + T]``; states stay. Also what `commit` takes."""
+        x, drafts = self.embedding(tokens), []
+        for block, state in zip(self.blocks, pool, strict=True):
+            x, draft = block.verify(x, state, slots)
+            drafts.append(draft)
+        return self.head(self.norm(x)), drafts
+
+    def commit(self, drafts: list, pool: StatePool, slots: Tensor, num_accepted: Tensor) -> None:
+        """Moves the slots' states behind the first ``num_accepted [B]`` tokens of a verification."""
+        for block, draft, state in zip(self.blocks, drafts, pool, strict=True):
+            block.mixer.commit(draft, state, slots, num_accepted)
 
 
 def with_history(tokens: Tensor) -> Tensor:
