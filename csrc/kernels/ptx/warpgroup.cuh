@@ -52,4 +52,17 @@ __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
 
+// A float of shared memory to all lanes of the warp, read by lane 0 alone.
+__device__ __forceinline__ float broadcast_shared(uint32_t shared) {
+  float value;
+  asm volatile(
+      "{\n.reg .pred first;\n.reg .u32 lane;\n.reg .b32 bits;\nmov.b32 bits, 0;\nmov.u32 lane, %%laneid;\n"
+      "setp.eq.u32 first, lane, 0;\n@first ld.shared.b32 bits, [%1];\n"
+      "shfl.sync.idx.b32 bits, bits, 0, 31, -1;\nmov.b32 %0, bits;\n}"
+      : "=f"(value)
+      : "r"(shared)
+      : "memory");
+  return value;
+}
+
 }  // namespace la2::ptx

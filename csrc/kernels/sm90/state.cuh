@@ -38,17 +38,6 @@ __device__ __forceinline__ void update_rows(Accumulators<kRegs>& z, const uint32
   }
 }
 
-// What update_rows leaves out without kSplit: Z^T += (what rounding left of the weighted c)^T b. For states that are a
-// result; the products that only read them have errors of their own.
-template <class T, int kAtOnce, class TileB, class TileC, int kRegs>
-__device__ __forceinline__ void update_rows_by_rest(Accumulators<kRegs>& z, const TileB& b_tile, const TileC& c_tile,
-                                                    int block, const float* weights, float factor,
-                                                    const WarpgroupLane& me) {
-  uint32_t weighted[kChunk / 16][4], rest[kChunk / 16][4];
-  weigh_columns<T, true>(weighted, rest, c_tile, block, weights, factor, me);
-  update_rows<T, false, kAtOnce>(z, rest, rest, b_tile, 1.f);
-}
-
 // 64 rows of Z^T [64 columns of Dc, Da], from column `first_col` of the item's slice on, from and to a state [Da, Dc]
 // in memory. An absent state leaves z as it is.
 template <class Element, int kRegs, class Body>

@@ -89,8 +89,9 @@ __device__ __forceinline__ void issue_inter(Accumulators<kRegs>& out, const Tile
 
 // What the state's operand was divided by, read by the lane that will say that its warp is done with it.
 template <class Cfg>
-__device__ __forceinline__ float range_undo_of(const SharedStorage<Cfg>& smem, int state, const WarpgroupLane& me) {
-  return __shfl_sync(0xffffffffu, me.lane == 0 ? smem.range_undo[state] : 0.f, 0);
+__device__ __forceinline__ float range_undo_of(const SharedStorage<Cfg>& smem, int state) {
+  const uint32_t from = shared_address(&smem.range_undo[state]);
+  return ptx::broadcast_shared(from);
 }
 
 // ---- steps of the state warpgroup
@@ -111,11 +112,16 @@ __device__ __forceinline__ void update_state(StateAccumulators<Cfg>& z, const St
 #pragma unroll
   for (int block = 0; block < kBlocks; ++block) {
     uint32_t weighted[kChunk / 16][4], rest[kChunk / 16][4];
-    weigh_columns<T, Cfg::kSplitsValues>(weighted, rest, stage.c, block, weights, factor, me);
-    if (kBlocks > 1 && block == kBlocks - 1) pause();
-    update_rows<T, Cfg::kSplitsValues, kAtOnce>(z[block], weighted, rest, stage.b, lambda_rows);
-    if constexpr (!Cfg::kSplit)
-      if (is_result) update_rows_by_rest<T, kAtOnce>(z[block], stage.b, stage.c, block, weights, factor, me);
+    auto update = [&](auto splits) {
+      constexpr bool kSplits = decltype(splits)::value;
+      weigh_columns<T, kSplits>(weighted, rest, stage.c, block, weights, factor, me);
+      if (kBlocks > 1 && block == kBlocks - 1) pause();
+      update_rows<T, kSplits, kAtOnce>(z[block], weighted, rest, stage.b, lambda_rows);
+    };
+    if (Cfg::kSplit || !is_result)
+      update(std::integral_constant<bool, Cfg::kSplitsValues>());
+    else
+      update(std::true_type());
   }
 }
 
@@ -212,7 +218,7 @@ __device__ __forceinline__ void write_outputs(SharedStorage<Cfg>& smem, const Tr
       float upper = row_weight(smem.weights, reverse, rows, row),
             lower = row_weight(smem.weights, reverse, rows, row + 8);
       if constexpr (Cfg::kNeedsRange) {
-        const float undo = range_undo_of(smem, state, me);
+        const float undo = range_undo_of(smem, state);
         upper *= undo;
         lower *= undo;
       }
@@ -292,7 +298,7 @@ __device__ __forceinline__ void write_both_outputs(SharedStorage<Cfg>& smem, con
       float upper = row_weight(smem.weights, reverse, rows, row),
             lower = row_weight(smem.weights, reverse, rows, row + 8);
       if constexpr (Cfg::kNeedsRange) {
-        const float undo = range_undo_of(smem, state, me);
+        const float undo = range_undo_of(smem, state);
         upper *= undo;
         lower *= undo;
       }
