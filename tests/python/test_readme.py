@@ -23,6 +23,7 @@ def test_blocks_run_one_after_the_other(monkeypatch):
             continue
         exec(compile(block, str(README), "exec"), names)
     assert names["out"].shape == (3, 8, 64) and not names["out"][1].any()
+    assert names["drafted"].shape == (3, 4, 8, 64) and not names["drafted"][1].any()
 
 
 def rows(heading):
