@@ -282,7 +282,10 @@ def main(argv: list[str] | None = None) -> int:
     for part in ("suite", "sanitizer", "abuse", "bench"):
         parser.add_argument(f"--{part}", action="store_true")
     parser.add_argument(
-        "--jobs", type=int, default=1, help="processes for the suite (pytest-xdist), sanitizers at once"
+        "--jobs",
+        type=int,
+        default=1,
+        help="processes for the suite (pytest-xdist); above 1 the sanitizers run beside it",
     )
     parser.add_argument(
         "paths", nargs="*", help=f"for pytest (default: {' '.join(SUITE)}, sanitizer: {' '.join(SANITIZED)})"
@@ -306,21 +309,22 @@ def main(argv: list[str] | None = None) -> int:
         target.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
         target.with_suffix(".md").write_text(markdown(record))
 
-    # After every part: a run that is cut off leaves what it has.
-    if "suite" in wants:
-        record["suite"] = run_suite(arguments.paths or SUITE, arguments.jobs)
-        write()
-    if "sanitizer" in wants:
-        sanitizer = shutil.which("compute-sanitizer")
-        if sanitizer is None:
-            record["missing"] = "compute-sanitizer is not on PATH"
-        # They take the GPU in turns and need little of it.
-        with concurrent.futures.ThreadPoolExecutor(min(arguments.jobs, len(TOOLS))) as pool:
-            tools = TOOLS if sanitizer else ()
-            running = {pool.submit(run_tool, tool, sanitizer, arguments.paths or SANITIZED): tool for tool in tools}
-            for done in concurrent.futures.as_completed(running):
-                record.setdefault("sanitizer", {})[running[done]] = done.result()
-                write()
+    tools = TOOLS if "sanitizer" in wants else ()
+    sanitizer = shutil.which("compute-sanitizer")
+    if tools and sanitizer is None:
+        record["missing"], tools = "compute-sanitizer is not on PATH", ()
+    # With --jobs the tools and the suite run side by side: the tools take the GPU in turns and need little of it. After
+    # every part: a run that is cut off leaves what it has.
+    with concurrent.futures.ThreadPoolExecutor(1 if arguments.jobs == 1 else 1 + len(TOOLS)) as pool:
+        running = {}
+        if "suite" in wants:
+            running[pool.submit(run_suite, arguments.paths or SUITE, arguments.jobs)] = "suite"
+        for tool in tools:
+            running[pool.submit(run_tool, tool, sanitizer, arguments.paths or SANITIZED)] = tool
+        for done in concurrent.futures.as_completed(running):
+            name = running[done]
+            (record if name == "suite" else record.setdefault("sanitizer", {}))[name] = done.result()
+            write()
     if "abuse" in wants:
         record["abuse"] = run_abuse(arguments.jobs, int(os.environ.get("LA2_EXAMPLES", "5000")))
         write()

@@ -27,6 +27,7 @@ def test_blocks_run_one_after_the_other(monkeypatch):
     assert pool.memory_report().used == 4 and decoded[:4].any() and not decoded[4:].any()
     (kept,) = names["beams"][:1]
     assert pool.tensor[:, kept].any() and not torch.equal(pool.tensor[:, kept], pool.tensor[:, names["requests"][0]])
+    assert names["drafted"].shape == (3, 4, 8, 64) and not names["drafted"][1].any()
 
 
 def rows(heading):
