@@ -17,9 +17,9 @@ from torch.nn import functional as F
 
 from .. import slopes, testing
 from ..demo import progress
-from . import entries, gate, machine, plots, report
+from . import entries, gate, machine, plots, report, timing
 
-BATCHES = {"cuda": (1, 8, 64, 128), "cpu": (1, 4, 16)}
+BATCHES = {"cuda": (1, 8, 64, 256), "cpu": (1, 4, 16)}
 CONTEXTS = {"cuda": (1024, 8192, 32768, 131072), "cpu": (1024, 8192, 32768)}
 OURS, SOFTMAX = "la2", "softmax with a cache"
 BF16_POOL, VERIFY, COMMIT = "la2, bfloat16 states", "la2 verify, 8 tokens", "la2 commit, 8 tokens"
@@ -243,19 +243,28 @@ def measure(names, batches, contexts, heads, dim, dtype, clock, bytes_per_s, rep
     return rows
 
 
+def host_time(heads, dim, dtype, device) -> float:
+    q, k, v, state = step_inputs(1, heads, dim, dtype, device)
+    step = _Steps(state, slopes.minimax(heads, 0, 80).to(device))
+    with torch.inference_mode():
+        return timing.host_microseconds(lambda: step.la2(q, k, v), device)
+
+
 def table(rows: list[dict]) -> str:
     lines = []
+    scaling = {r["batch"]: r["ms"] for r in rows if r["op"] == SCALING}
     for r in rows:
         name = r["op"] + (f", {r['context']} tokens" if "context" in r else "")
         if not r["passed"] or "ms" not in r:
-            shown = [r.get("skipped") or "WRONG", "-", "-"]
+            shown = [r.get("skipped") or "WRONG", "-", "-", "-"]
         else:
             of_floor = f"{100 * r['of_floor']:.0f} %" if "of_floor" in r else "-"
             tokens = f"{r['tokens_per_s']:,.0f}" if "tokens_per_s" in r else "-"
-            shown = [f"{r['ms'] * 1e3:.1f}", tokens, of_floor]
+            to_scaling = f"{r['ms'] / scaling[r['batch']]:.2f}" if r["batch"] in scaling else "-"
+            shown = [f"{r['ms'] * 1e3:.1f}", tokens, of_floor, to_scaling]
         error = f"{max(r['errors'].values()):.1e}" if r.get("errors") else "-"
         lines.append([str(r["batch"]), name, *shown, error])
-    return report.table(["sequences", "step", "us", "tokens/s", "of floor", "error"], lines, texts=2)
+    return report.table(["sequences", "step", "us", "tokens/s", "of floor", "to scaling", "error"], lines, texts=2)
 
 
 def draw(folder: pathlib.Path, rows: list[dict], caption: str) -> list[pathlib.Path]:
@@ -283,6 +292,9 @@ def main(argv: list[str] | None = None) -> int:
     machine.add_arguments(parser)
     parser.add_argument("--batches", nargs="+", type=int, metavar="B")
     parser.add_argument("--contexts", nargs="*", type=int, metavar="N", help="lengths of softmax's cache")
+    parser.add_argument(
+        "--graph", action="store_true", help="in a CUDA graph, back to back; also the host's eager time"
+    )
     parser.add_argument("--heads", type=int, help="default: 64 on a GPU, 8 on a CPU")
     parser.add_argument("--head-dim", type=int, help="default: 128 on a GPU, 64 on a CPU")
     parser.add_argument("--repeats", type=int, help="timed steps of which the median is shown (default 50)")
@@ -297,12 +309,19 @@ def main(argv: list[str] | None = None) -> int:
     repeats = arguments.repeats or (3 if arguments.quick else 50)
     clock = machine.clock_for(device)
     bytes_per_s = machine.copy_bandwidth(clock)
-    facts |= {"copy_gb_per_s": bytes_per_s / 1e9, "shape": {"h": heads, "d": dim}}
+    if arguments.graph:
+        if not gpu:
+            parser.error("--graph needs a CUDA device")
+        clock, contexts = timing.GraphClock(device), ()
+    facts |= {"copy_gb_per_s": bytes_per_s / 1e9, "shape": {"h": heads, "d": dim}, "graph": arguments.graph}
     caption = f"H={heads}, D={dim}, {facts['dtype']}, states float32, {facts.get('gpu', facts['cpu'])}"
     print(f"{caption}; copy: {bytes_per_s / 1e9:.0f} GB/s read + written; medians of {repeats}")
     names, facts["ways"] = available(device)
     rows = measure(names, batches, contexts, heads, dim, dtype, clock, bytes_per_s, repeats)
     print("\n" + table(rows))
+    if arguments.graph:
+        facts["eager_host_us"] = host_time(heads, dim, dtype, device)
+        print(f"one eager step of one sequence under inference_mode, on the host: {facts['eager_host_us']:.1f} us")
     if arguments.json:
         report.write_json(arguments.json, "decode", facts, rows)
     if arguments.plots:

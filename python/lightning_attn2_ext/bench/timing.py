@@ -65,3 +65,50 @@ class CudaClock:
             pairs.append((start, stop))
         torch.cuda.synchronize(self.device)
         return statistics.median(start.elapsed_time(stop) for start, stop in pairs)
+
+
+class GraphClock:
+    """Median milliseconds of a call in a CUDA graph of many, replayed back to back: no host time, nothing flushed."""
+
+    CALLS = 20
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    def median(self, call: Callable[[], object], repeats: int = 20, warmup: int = 3) -> float:
+        side = torch.cuda.Stream(self.device)
+        side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(side):
+            for _ in range(warmup):
+                call()
+        torch.cuda.current_stream(self.device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(self.CALLS):
+                result = call()
+        graph.replay()
+        pairs = []
+        for _ in range(repeats):
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            stop.record()
+            pairs.append((start, stop))
+        torch.cuda.synchronize(self.device)
+        del result
+        return statistics.median(start.elapsed_time(stop) for start, stop in pairs) / self.CALLS
+
+
+def host_microseconds(call: Callable[[], object], device: torch.device, calls: int = 500) -> float:
+    """What one call takes of the host that goes on without waiting for the device."""
+    for _ in range(20):
+        call()
+    taken = []
+    for _ in range(5):
+        torch.cuda.synchronize(device)
+        begin = time.perf_counter()
+        for _ in range(calls):
+            call()
+        taken.append((time.perf_counter() - begin) / calls)
+    torch.cuda.synchronize(device)
+    return statistics.median(taken) * 1e6
