@@ -152,10 +152,10 @@ __global__ void __launch_bounds__(kRecurrentThreads)
     return;
   }
 
-  TokenFetch<Cfg> fetch;
-  fetch.start(decode_params<Acc>(params, work), place);
+  GroupFetch<Cfg> fetch;
+  fetch.start(decode_params<Acc>(params, work), place, 0, 1);
   load();
-  fetch.finish(group);
+  fetch.finish(group, true, true);
   const Token<Cfg>& token = group.tokens[0];
   __syncthreads();
 
@@ -239,10 +239,10 @@ __global__ void __launch_bounds__(kRecurrentThreads)
     return;
   }
 
-  TokenFetch<Cfg> fetch;
-  fetch.start(decode_params<Acc>(params, work), place);
+  GroupFetch<Cfg> fetch;
+  fetch.start(decode_params<Acc>(params, work), place, 0, 1);
   load();
-  fetch.finish(group);
+  fetch.finish(group, true, true);
   const Token<Cfg>& token = group.tokens[0];
   __syncthreads();
 

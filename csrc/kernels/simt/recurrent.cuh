@@ -126,69 +126,72 @@ __device__ __forceinline__ Acc slope_of_place(const RecurrentParams& params, con
   return s.data == nullptr ? Acc(0) : static_cast<const Acc*>(s.data)[place.row * s.stride_s + place.head * s.stride_h];
 }
 
-// This thread's share of one token's q, k and v on its way to shared memory: fetched first, so that the copies' latency
-// passes beside the state's.
+// A thread's share of a group's q, k and v on its way to shared memory: all fetched before any is stored, so that the
+// latencies pass beside each other's and, of the first group, beside the state's. Rows of 16-bit elements are aligned
+// (ops/arguments.cpp) and go 16 bytes at a time, others by elements. Dims from D and E on become zero.
 template <class Cfg>
-struct TokenFetch {
+class GroupFetch {
+ public:
   using T = typename Cfg::T;
   using Acc = typename Cfg::Acc;
-  static constexpr int kTurns = (Cfg::kMaxDimK + kRecurrentThreads - 1) / kRecurrentThreads;
-  T q[kTurns], k[kTurns], v;
-  Acc slope;
 
-  __device__ __forceinline__ void start(const RecurrentParams& params, const Place& place) {
-    const int thread = threadIdx.x;
-    const T* gQ = params.q.data == nullptr ? nullptr : row_of<T>(params.q, place, 0);
-    const T* gK = row_of<T>(params.k, place, 0);
-    const T* gV = row_of<T>(params.v, place, 0) + place.first_col;
-#pragma unroll
-    for (int i = 0; i < kTurns; ++i) {
-      const int d = thread + i * kRecurrentThreads;
-      q[i] = d < params.dim_k && gQ != nullptr ? gQ[d] : T(0.0f);
-      k[i] = d < params.dim_k ? gK[d] : T(0.0f);
-    }
-    v = thread < place.cols ? gV[thread] : T(0.0f);
-    slope = slope_of_place<Acc>(params, place);
+  __device__ __forceinline__ void start(const RecurrentParams& params, const Place& place, int first, int count) {
+    if (params.q.data != nullptr) q_.start(params.q, place, 0, static_cast<int>(params.dim_k), first, count);
+    k_.start(params.k, place, 0, static_cast<int>(params.dim_k), first, count);
+    v_.start(params.v, place, place.first_col, place.cols, first, count);
+    if (first == 0) slope_ = slope_of_place<Acc>(params, place);
   }
 
-  // A barrier must follow.
-  __device__ __forceinline__ void finish(TokenGroup<Cfg>& group) const {
-    const int thread = threadIdx.x;
-    Token<Cfg>& token = group.tokens[0];
+  // A barrier must follow. The decay comes with the first group.
+  __device__ __forceinline__ void finish(TokenGroup<Cfg>& group, bool has_q, bool is_first) const {
+    if (has_q) q_.finish(group.tokens[0].q);
+    k_.finish(group.tokens[0].k);
+    v_.finish(group.tokens[0].v);
+    // By one thread: exp in float64 is slow where a GPU has few such units.
+    if (is_first && threadIdx.x == 0) group.decay = static_cast<Acc>(decay_power<Acc>(slope_, 1));
+  }
+
+ private:
+  static constexpr int kUnit = sizeof(T) == 2 ? 8 : 1;  // elements that move at once
+  struct alignas(kUnit * sizeof(T)) Unit {
+    T x[kUnit];
+  };
+
+  // kDim elements of each token, one behind the other in units.
+  template <int kDim>
+  struct Part {
+    static constexpr int kUnits = Cfg::kGroup * kDim / kUnit;
+    static constexpr int kTurns = (kUnits + kRecurrentThreads - 1) / kRecurrentThreads;
+    Unit units[kTurns];
+
+    __device__ __forceinline__ void start(const Rows& rows, const Place& place, int first_element, int dim, int first,
+                                          int count) {
 #pragma unroll
-    for (int i = 0; i < kTurns; ++i) {
-      const int d = thread + i * kRecurrentThreads;
-      if (d < Cfg::kMaxDimK) {
-        token.q[d] = to_acc(q[i]);
-        token.k[d] = to_acc(k[i]);
+      for (int turn = 0; turn < kTurns; ++turn) {
+        const int i = threadIdx.x + turn * kRecurrentThreads;
+        const int t = i / (kDim / kUnit), element = i % (kDim / kUnit) * kUnit;
+        units[turn] = Unit{};
+        if (t < count && element < dim)
+          units[turn] = *reinterpret_cast<const Unit*>(row_of<T>(rows, place, first + t) + first_element + element);
       }
     }
-    if (thread < Cfg::kSlice) token.v[thread] = to_acc(v);
-    // By one thread: exp in float64 is slow where a GPU has few such units.
-    if (thread == 0) group.decay = static_cast<Acc>(decay_power<Acc>(slope, 1));
-  }
-};
+    __device__ __forceinline__ void finish(Acc* of_first_token) const {
+#pragma unroll
+      for (int turn = 0; turn < kTurns; ++turn) {
+        const int i = threadIdx.x + turn * kRecurrentThreads;
+        if (i >= kUnits) continue;
+        Acc* to = of_first_token + i / (kDim / kUnit) * static_cast<int>(sizeof(Token<Cfg>) / sizeof(Acc)) +
+                  i % (kDim / kUnit) * kUnit;
+#pragma unroll
+        for (int e = 0; e < kUnit; ++e) to[e] = to_acc(units[turn].x[e]);
+      }
+    }
+  };
 
-// Tokens [first, first + count) to shared memory. A barrier must follow.
-template <class Cfg>
-__device__ __forceinline__ void fetch_tokens(TokenGroup<Cfg>& group, const RecurrentParams& params, const Place& place,
-                                             int first, int count) {
-  using T = typename Cfg::T;
-  using Acc = typename Cfg::Acc;
-  for (int i = threadIdx.x; i < count * Cfg::kMaxDimK; i += kRecurrentThreads) {
-    const int t = i / Cfg::kMaxDimK, d = i % Cfg::kMaxDimK;
-    const bool is_inside = d < params.dim_k;
-    group.tokens[t].k[d] = is_inside ? to_acc(row_of<T>(params.k, place, first + t)[d]) : Acc(0);
-    if (params.q.data != nullptr)
-      group.tokens[t].q[d] = is_inside ? to_acc(row_of<T>(params.q, place, first + t)[d]) : Acc(0);
-  }
-  for (int i = threadIdx.x; i < count * Cfg::kSlice; i += kRecurrentThreads) {
-    const int t = i / Cfg::kSlice, e = i % Cfg::kSlice;
-    group.tokens[t].v[e] = e < place.cols ? to_acc(row_of<T>(params.v, place, first + t)[place.first_col + e]) : Acc(0);
-  }
-  if (threadIdx.x == 0 && first == 0)
-    group.decay = static_cast<Acc>(decay_power<Acc>(slope_of_place<Acc>(params, place), 1));
-}
+  Part<Cfg::kMaxDimK> q_, k_;
+  Part<Cfg::kSlice> v_;
+  Acc slope_;
+};
 
 // The tokens of this row that count.
 __device__ __forceinline__ int tokens_of(const RecurrentParams& params, const Place& place) {
@@ -225,8 +228,10 @@ __device__ __forceinline__ void for_each_token(TokenGroup<Cfg>& group, const Rec
     for (int first = 0; first < count; first += Cfg::kGroup) {
       const int tokens = min(count - first, Cfg::kGroup);
       if (first > 0) {
-        __syncthreads();
-        fetch_tokens(group, params, place, first, tokens);
+        GroupFetch<Cfg> fetch;
+        fetch.start(params, place, first, tokens);
+        __syncthreads();  // everyone is done with the last ones
+        fetch.finish(group, params.q.data != nullptr, false);
         __syncthreads();
       }
       for (int t = 0; t < tokens; ++t) body(group.tokens[t], t);
@@ -248,8 +253,8 @@ __global__ void __launch_bounds__(kRecurrentThreads, Cfg::kGroup == 1 ? 4 : 3)
   ptx::launch_dependents();
   const Place place = find_place<Cfg::kSlice>(params);
   const int count = Cfg::kGroup == 1 ? 1 : tokens_of(params, place);
-  TokenFetch<Cfg> fetch;
-  if constexpr (Cfg::kGroup == 1) fetch.start(params, place);
+  GroupFetch<Cfg> fetch;
+  fetch.start(params, place, 0, min(count, Cfg::kGroup));
   if (!place.is_live) return zero_outputs<T>(params, place);
   if (count == 0) return;
 
@@ -258,34 +263,34 @@ __global__ void __launch_bounds__(kRecurrentThreads, Cfg::kGroup == 1 ? 4 : 3)
   const bool in_cols = col < place.cols;
   const MutableState& state = params.state;
   P* const gS = state_part<P>(state, place.slot, place, col, first_dim);
+  const int dims = in_cols ? static_cast<int>(params.dim_k) : 0;
+  auto is_inside = [&](int i) { return first_dim + i * Cfg::kRowStep < dims; };
   // f(i) for the vectors of this thread that exist.
   auto for_each_vec = [&](const auto& f) {
 #pragma unroll
     for (int i = 0; i < Cfg::kLoads; ++i)
-      if (in_cols && first_dim + i * Cfg::kRowStep < params.dim_k) f(i);
+      if (is_inside(i)) f(i);
   };
   Vec<Acc> s[Cfg::kLoads] = {};
   for_each_vec([&](int i) { load_part<Cfg::kVector>(s[i], gS + i * Cfg::kRowStep * state.stride_d, state.stride_e); });
-  if constexpr (Cfg::kGroup == 1)
-    fetch.finish(group);
-  else
-    fetch_tokens(group, params, place, 0, min(count, Cfg::kGroup));
+  fetch.finish(group, params.q.data != nullptr, true);
   __syncthreads();
   const Acc decay = group.decay;
 
   auto take = [&](const Token<Cfg>& token, int t) {
     const Vec<Acc> v = load_vec(&token.v[col]);
     Acc out[Cfg::kVec] = {};
-    for_each_vec([&](int i) {
+#pragma unroll
+    for (int i = 0; i < Cfg::kLoads; ++i) {  // what is outside of the state is zero and stays so
       const Acc q = token.q[first_dim + i * Cfg::kRowStep], k = token.k[first_dim + i * Cfg::kRowStep];
 #pragma unroll
       for (int e = 0; e < Cfg::kVec; ++e) {
         s[i].x[e] = decay * s[i].x[e] + k * v.x[e];
         out[e] += q * s[i].x[e];
       }
-      if (Cfg::kGroup == 1 && params.writes_state)
+      if (Cfg::kGroup == 1 && params.writes_state && is_inside(i))
         store_part<Cfg::kVector>(gS + i * Cfg::kRowStep * state.stride_d, s[i], state.stride_e);
-    });
+    }
     if (params.out.data == nullptr) return;
 #pragma unroll
     for (int e = 0; e < Cfg::kVec; ++e) {
@@ -325,8 +330,8 @@ __global__ void __launch_bounds__(kRecurrentThreads, Cfg::kGroup == 1 ? 4 : 3)
   ptx::launch_dependents();
   const Place place = find_place<Cfg::kSlice>(params);
   const int count = Cfg::kGroup == 1 ? 1 : tokens_of(params, place);
-  TokenFetch<Cfg> fetch;
-  if constexpr (Cfg::kGroup == 1) fetch.start(params, place);
+  GroupFetch<Cfg> fetch;
+  fetch.start(params, place, 0, min(count, Cfg::kGroup));
   if (!place.is_live) return zero_outputs<T>(params, place);
   if (count == 0) return;
 
@@ -334,9 +339,8 @@ __global__ void __launch_bounds__(kRecurrentThreads, Cfg::kGroup == 1 ? 4 : 3)
   const int first_col = threadIdx.x / 32 * Cfg::kCols;  // of this warp, within the slice
   const MutableState& state = params.state;
   P* const gS = state_part<P>(state, place.slot, place, first_col, lane * Cfg::kVec);
-  auto is_inside = [&](int col, int i) {
-    return first_col + col < place.cols && (lane + 32 * i) * Cfg::kVec < params.dim_k;
-  };
+  const int dims = static_cast<int>(params.dim_k);
+  auto is_inside = [&](int col, int i) { return first_col + col < place.cols && (lane + 32 * i) * Cfg::kVec < dims; };
   // f(col, i) for the vectors of this thread that exist.
   auto for_each_vec = [&](const auto& f) {
 #pragma unroll
@@ -347,10 +351,7 @@ __global__ void __launch_bounds__(kRecurrentThreads, Cfg::kGroup == 1 ? 4 : 3)
   };
   Vec<Acc> s[Cfg::kCols][Cfg::kVecsPerLane] = {};
   for_each_vec([&](int col, int i) { s[col][i] = load_state_vec(gS + col * state.stride_e + 32 * i * Cfg::kVec); });
-  if constexpr (Cfg::kGroup == 1)
-    fetch.finish(group);
-  else
-    fetch_tokens(group, params, place, 0, min(count, Cfg::kGroup));
+  fetch.finish(group, params.q.data != nullptr, true);
   __syncthreads();
   const Acc decay = group.decay;
 
@@ -363,14 +364,13 @@ __global__ void __launch_bounds__(kRecurrentThreads, Cfg::kGroup == 1 ? 4 : 3)
       const Vec<Acc> q = load_vec(&token.q[d]), k = load_vec(&token.k[d]);
 #pragma unroll
       for (int col = 0; col < Cfg::kCols; ++col) {
-        if (!is_inside(col, i)) continue;
-        const Acc v = token.v[first_col + col];
+        const Acc v = token.v[first_col + col];  // what is outside of the state is zero and stays so
 #pragma unroll
         for (int w = 0; w < Cfg::kVec; ++w) {
           s[col][i].x[w] = decay * s[col][i].x[w] + k.x[w] * v;
           out[col] += q.x[w] * s[col][i].x[w];
         }
-        if (Cfg::kGroup == 1 && params.writes_state)
+        if (Cfg::kGroup == 1 && params.writes_state && is_inside(col, i))
           store_state_vec(gS + col * state.stride_e + 32 * i * Cfg::kVec, s[col][i]);
       }
     }

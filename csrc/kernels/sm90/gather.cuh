@@ -1,8 +1,6 @@
 // The state pass for Hopper, bf16 and fp16: what each segment gathers alone. The notebook is ../DESIGN.md.
 #pragma once
 
-#include <type_traits>
-
 #include "state.cuh"
 
 namespace la2::sm90 {
@@ -103,17 +101,10 @@ __device__ __forceinline__ void gather(GatherStorage<Cfg>& smem, const Trilinear
       const GatherStage<Cfg>& stage = smem.stages[ptx::uniform(ring.stage)];
       ptx::mbarrier_wait(shared_address(&smem.full[ring.stage]), ring.parity);
       uint32_t weighted[kChunk / 16][4], rest[kChunk / 16][4];
-      auto update_state = [&](auto splits) {
-        constexpr bool kSplits = decltype(splits)::value;
-        weigh_columns<T, kSplits>(weighted, rest, stage.c, gatherer, token_weights(powers, job.reverse, rows, me),
-                                  update, me);
-        constexpr int kAtOnce = kSplits || Cfg::kTileA > 64 ? 32 : 64;
-        update_rows<T, kSplits, kAtOnce>(z, weighted, rest, stage.b, powers.ascending()[rows]);
-      };
-      if (Cfg::kSplit || job.final.data != nullptr)
-        update_state(std::true_type());
-      else
-        update_state(std::false_type());
+      weigh_columns<T, Cfg::kSplit>(weighted, rest, stage.c, gatherer, token_weights(powers, job.reverse, rows, me),
+                                    update, me);
+      constexpr int kAtOnce = Cfg::kSplit || Cfg::kTileA > 128 ? 32 : 64;
+      update_rows<T, Cfg::kSplit, kAtOnce>(z, weighted, rest, stage.b, powers.ascending()[rows]);
       release_stage(smem.empty[ring.stage], schedule.cluster, me.lane);
     }
     if (p.states_alone) {

@@ -61,7 +61,7 @@ struct SharedStorage {
   Weights weights;                                             // of the output warpgroup
   tile::Decay<kChunk> powers;                                  // of the state warpgroup, which may be an item ahead
   float range_undo[Cfg::kStateBuffers];                        // fp16: the state's operand was divided by this
-  float largest[4];
+  alignas(16) float largest[4];                                // read as one vector
   uint64_t full[Cfg::kStages], empty[Cfg::kStages], tail;
   uint64_t state_full[Cfg::kStateBuffers], state_empty[Cfg::kStateBuffers];
 };
@@ -390,10 +390,12 @@ __device__ __forceinline__ void carry_state(SharedStorage<Cfg>& smem, const Tril
 
       ptx::mbarrier_wait(shared_address(&smem.full[ring.stage]), ring.parity);
       if (step + 1 < item.num_chunks || wants_state)
-        // The outputs' products with Z go first where the tensor core is short: theirs is the longer way.
+        // The outputs' products with Z go first where the tensor core is short: theirs is the longer way. In the last
+        // chunk of a sequence, whose state no output reads, rounding the weighted c would be most of the state's error
+        // where slopes are steep. Not in extend, where a request that is cut must have the bits of a whole one.
         update_state<Cfg>(
             z, smem.stages[stage], smem.powers, update, reverse, item.rows_of(item.chunk_at(step)),
-            job.final.data != nullptr, me,
+            wants_state && step + 1 == item.num_chunks && p.units == nullptr, me,
             [&] { ptx::mbarrier_wait(shared_address(&smem.state_empty[state_ring.stage]), state_ring.parity ^ 1); });
       release_stage(smem.empty[ring.stage], schedule.cluster, me.lane);
     }
