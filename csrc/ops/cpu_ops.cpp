@@ -107,6 +107,7 @@ void run_recurrent(const char* op, Recurrent& args, const Tensor* out, bool has_
   RecurrentParams& p = args.params;
   if (args.state_indices) check_slots(op, "state_indices", *args.state_indices, p.slots, false);
   if (values_are_checked()) check_values(op, args);
+  if (p.writes_state) bump_version(args.state);
   if (out) p.out = recurrent_out(*out, has_tokens);
   check_memory(op, cpu::kernels().recurrent(p, torch_threads()));
 }
@@ -148,6 +149,7 @@ Tensor extend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& s
   if (values_are_checked() && args.attention.slope) check_slopes(args.attention.op, *args.attention.slope);
   Tensor out = empty_contiguous(q, {p.tokens, p.heads, p.dim_v}, q.scalar_type());
   p.out = {out.mutable_data_ptr(), 0, out.stride(1), out.stride(0)};
+  bump_version(args.state);
   check_memory(args.attention.op, cpu::kernels().extend(p, torch_threads()));
   return out;
 }

@@ -343,6 +343,7 @@ void run_recurrent(const char* op, Recurrent& args, const Tensor* out, bool has_
   if (out) p.out = recurrent_out(*out, has_tokens);
   const Device device(op, args.k);
   if (device.values_are_checked()) check_values(op, args);
+  if (p.writes_state) bump_version(args.state);
   check_cuda(op, "launching the kernel", simt::launch_recurrent(p, device.orders_kernels(), device.stream()));
 }
 
@@ -453,6 +454,7 @@ Tensor extend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& s
 
   const Device device(op, q);
   if (device.values_are_checked()) check_numbers(p, attention.slope, device.stream());
+  bump_version(args.state);
   // The trilinear kernels get the requests of two tokens or more. Many of a batch are decode rows: for the plan the
   // tokens are those of a few longer ones.
   constexpr int64_t kLikelyTokens = 512;

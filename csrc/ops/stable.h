@@ -71,4 +71,16 @@ inline Tensor empty_contiguous(const Tensor& like, const std::vector<int64_t>& s
   return empty_strided(like, sizes, strides, dtype);
 }
 
+// Tells autograd that t changes: a graph that has saved it may then not run backward. The stable ABI has no call for
+// that, so the version counter of an operator that changes nothing is used, the exchange of a dimension with itself
+// (0.4 us; a kernel for ADInplaceOrView would have to be written in Python and cost ten times that). Not below a guard
+// that leaves ADInplaceOrView out.
+inline void bump_version(const Tensor& t) {
+  using torch::stable::detail::from;
+  const int64_t last = t.dim() - 1;
+  StableIValue stack[] = {from(t), from(last), from(last)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::transpose_", "", stack, TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);  // frees the handle
+}
+
 }  // namespace la2::ops

@@ -481,12 +481,9 @@ def _backward_autograd(
 _library.impl(_la2.backward.default, _backward_autograd, "Autograd", with_keyset=True)
 
 
-# ---- operators on pools of states: no gradient, and the state changes in place. They run once a layer and token, so
-# these kernels are short: one for each call, which goes below Autograd and ADInplaceOrView at once.
-
-_below = torch._C._AutoDispatchBelowADInplaceOrView
-_AFTER = torch._C._after_ADInplaceOrView_keyset
-_increment_version = torch._C._increment_version
+# ---- operators on pools of states: no gradient, and the state changes in place, of which autograd is told below
+# (csrc/ops/stable.h: bump_version). They run once a layer and token, so there is one short kernel here, and none in
+# inference mode.
 
 
 def _refuse_gradients(op, args, writes_state: bool) -> None:
@@ -507,32 +504,17 @@ def _refuse_gradients(op, args, writes_state: bool) -> None:
 
 
 def _register_pool_operator(op) -> None:
-    redispatch = op._handle.redispatch_boxed
-    names = [a.name for a in op._schema.arguments]
-    at = names.index("state")  # arguments that are not keyword-only come by position
-    writes_state = op._schema.arguments[at].alias_info is not None
+    redispatch, below = op._handle.redispatch_boxed, torch._C._after_autograd_keyset
+    state = next(a for a in op._schema.arguments if a.name == "state")
 
     def autograd(keyset, *args, **kwargs):
-        for x in args:
+        for x in args:  # those that are not keyword-only come by position
             if x is not None and x.requires_grad:
-                _refuse_gradients(op, args, writes_state)
+                _refuse_gradients(op, args, state.alias_info is not None)
                 break
-        with _below():
-            out = redispatch(keyset & _AFTER, *args, **kwargs)
-        if writes_state:
-            _increment_version((args[at],))
-        return out
-
-    def in_place(keyset, *args, **kwargs):
-        """In inference mode, where the Autograd key is skipped: a graph may have saved the state."""
-        with _below():
-            out = redispatch(keyset & _AFTER, *args, **kwargs)
-        _increment_version((args[at],))
-        return out
+        return redispatch(keyset & below, *args, **kwargs)
 
     _library.impl(op, autograd, "Autograd", with_keyset=True)
-    if writes_state:
-        _library.impl(op, in_place, "ADInplaceOrView", with_keyset=True)
 
 
 for _op in (_la2.decode.default, _la2.verify.default, _la2.commit.default, _la2.extend.default):

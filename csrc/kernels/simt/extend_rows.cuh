@@ -153,9 +153,10 @@ __global__ void __launch_bounds__(kRecurrentThreads)
   }
 
   GroupFetch<Cfg> fetch;
-  fetch.start(decode_params<Acc>(params, work), place, 0, 1);
+  const RecurrentParams step = decode_params<Acc>(params, work);
+  fetch.start(step, place, 0, 1);
   load();
-  fetch.finish(group, true, true);
+  fetch.finish(group, step, place, 0, 1);
   const Token<Cfg>& token = group.tokens[0];
   __syncthreads();
 
@@ -240,9 +241,10 @@ __global__ void __launch_bounds__(kRecurrentThreads)
   }
 
   GroupFetch<Cfg> fetch;
-  fetch.start(decode_params<Acc>(params, work), place, 0, 1);
+  const RecurrentParams step = decode_params<Acc>(params, work);
+  fetch.start(step, place, 0, 1);
   load();
-  fetch.finish(group, true, true);
+  fetch.finish(group, step, place, 0, 1);
   const Token<Cfg>& token = group.tokens[0];
   __syncthreads();
 

@@ -59,7 +59,8 @@ cudaError_t launch_typed(const ExtendParams& params, const ExtendTables& tables,
       return launch_rows<RecurrentRows<T, P, 1, 1>>(params, tables, dense, overlaps, stream);
     if (params.dim_k <= 64 * kVec)
       return launch_rows<RecurrentRows<T, P, 2, 1>>(params, tables, dense, overlaps, stream);
-    return launch_rows<RecurrentRows<T, P, 4, 1>>(params, tables, dense, overlaps, stream);
+    // four vectors a lane: float64 alone has dims that need them
+    if constexpr (kVec == 2) return launch_rows<RecurrentRows<T, P, 4, 1>>(params, tables, dense, overlaps, stream);
   }
   return launch_columns<RecurrentColumns<T, P, 256, false, 1>>(params, tables, dense, overlaps, stream);
 }

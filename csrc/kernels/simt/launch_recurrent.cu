@@ -48,7 +48,8 @@ cudaError_t launch_typed(const RecurrentParams& params, bool overlaps, cudaStrea
   if (is_vector(state.stride_d, state.stride_e)) {
     if (params.dim_k <= 32 * kVec) return rows(RecurrentRows<T, P, 1, kGroup>());
     if (params.dim_k <= 64 * kVec) return rows(RecurrentRows<T, P, 2, kGroup>());
-    return rows(RecurrentRows<T, P, 4, kGroup>());
+    // four vectors a lane: float64 alone has dims that need them
+    if constexpr (kVec == 2) return rows(RecurrentRows<T, P, 4, kGroup>());
   }
   return columns(RecurrentColumns<T, P, 256, false, kGroup>());
 }

@@ -136,19 +136,20 @@ class GroupFetch {
   using Acc = typename Cfg::Acc;
 
   __device__ __forceinline__ void start(const RecurrentParams& params, const Place& place, int first, int count) {
-    if (params.q.data != nullptr) q_.start(params.q, place, 0, static_cast<int>(params.dim_k), first, count);
-    k_.start(params.k, place, 0, static_cast<int>(params.dim_k), first, count);
-    v_.start(params.v, place, place.first_col, place.cols, first, count);
+    if (params.q.data != nullptr) q_.start(rows_of(params.q, params, place, first, count));
+    k_.start(rows_of(params.k, params, place, first, count));
+    v_.start(values_of(params, place, first, count));
     if (first == 0) slope_ = slope_of_place<Acc>(params, place);
   }
 
-  // A barrier must follow. The decay comes with the first group.
-  __device__ __forceinline__ void finish(TokenGroup<Cfg>& group, bool has_q, bool is_first) const {
-    if (has_q) q_.finish(group.tokens[0].q);
-    k_.finish(group.tokens[0].k);
-    v_.finish(group.tokens[0].v);
+  // The same arguments again. A barrier must follow. The decay comes with the first group.
+  __device__ __forceinline__ void finish(TokenGroup<Cfg>& group, const RecurrentParams& params, const Place& place,
+                                         int first, int count) const {
+    if (params.q.data != nullptr) q_.finish(group.tokens[0].q, rows_of(params.q, params, place, first, count));
+    k_.finish(group.tokens[0].k, rows_of(params.k, params, place, first, count));
+    v_.finish(group.tokens[0].v, values_of(params, place, first, count));
     // By one thread: exp in float64 is slow where a GPU has few such units.
-    if (is_first && threadIdx.x == 0) group.decay = static_cast<Acc>(decay_power<Acc>(slope_, 1));
+    if (first == 0 && threadIdx.x == 0) group.decay = static_cast<Acc>(decay_power<Acc>(slope_, 1));
   }
 
  private:
@@ -156,29 +157,64 @@ class GroupFetch {
   struct alignas(kUnit * sizeof(T)) Unit {
     T x[kUnit];
   };
+  // `dim` elements of `count` tokens in global memory.
+  struct Source {
+    const T* data;
+    int64_t stride;
+    int dim, count;
+  };
+  __device__ __forceinline__ static Source rows_of(const Rows& rows, const RecurrentParams& params, const Place& place,
+                                                   int first, int count) {
+    return {row_of<T>(rows, place, first), rows.stride_n, static_cast<int>(params.dim_k), count};
+  }
+  __device__ __forceinline__ static Source values_of(const RecurrentParams& params, const Place& place, int first,
+                                                     int count) {
+    return {row_of<T>(params.v, place, first) + place.first_col, params.v.stride_n, place.cols, count};
+  }
 
-  // kDim elements of each token, one behind the other in units.
+  // kDim elements of each token, one behind the other in units. Many units a thread would need too many registers:
+  // those are fetched when they are stored, a few at once.
   template <int kDim>
-  struct Part {
-    static constexpr int kUnits = Cfg::kGroup * kDim / kUnit;
-    static constexpr int kTurns = (kUnits + kRecurrentThreads - 1) / kRecurrentThreads;
-    Unit units[kTurns];
-
-    __device__ __forceinline__ void start(const Rows& rows, const Place& place, int first_element, int dim, int first,
-                                          int count) {
-#pragma unroll
-      for (int turn = 0; turn < kTurns; ++turn) {
-        const int i = threadIdx.x + turn * kRecurrentThreads;
-        const int t = i / (kDim / kUnit), element = i % (kDim / kUnit) * kUnit;
-        units[turn] = Unit{};
-        if (t < count && element < dim)
-          units[turn] = *reinterpret_cast<const Unit*>(row_of<T>(rows, place, first + t) + first_element + element);
+  class Part {
+   public:
+    __device__ __forceinline__ void start(const Source& from) {
+      if constexpr (kInRegisters) fetch<kTurns>(units_, from, 0);
+    }
+    __device__ __forceinline__ void finish(Acc* of_first_token, const Source& from) const {
+      if constexpr (kInRegisters) {
+        store<kTurns>(of_first_token, units_, 0);
+      } else {
+#pragma unroll 1
+        for (int turn = 0; turn < kTurns; turn += kAtOnce) {
+          Unit units[kAtOnce];
+          fetch<kAtOnce>(units, from, turn);
+          store<kAtOnce>(of_first_token, units, turn);
+        }
       }
     }
-    __device__ __forceinline__ void finish(Acc* of_first_token) const {
+
+   private:
+    static constexpr int kUnits = Cfg::kGroup * kDim / kUnit;
+    static constexpr int kTurns = (kUnits + kRecurrentThreads - 1) / kRecurrentThreads;
+    static constexpr bool kInRegisters = kTurns <= 2;
+    static constexpr int kAtOnce = 4;
+
+    template <int kCount>
+    __device__ __forceinline__ static void fetch(Unit (&units)[kCount], const Source& from, int first_turn) {
 #pragma unroll
-      for (int turn = 0; turn < kTurns; ++turn) {
-        const int i = threadIdx.x + turn * kRecurrentThreads;
+      for (int turn = 0; turn < kCount; ++turn) {
+        const int i = threadIdx.x + (first_turn + turn) * kRecurrentThreads;
+        const int t = i / (kDim / kUnit), element = i % (kDim / kUnit) * kUnit;
+        units[turn] = Unit{};
+        if (t < from.count && element < from.dim)
+          units[turn] = *reinterpret_cast<const Unit*>(from.data + t * from.stride + element);
+      }
+    }
+    template <int kCount>
+    __device__ __forceinline__ static void store(Acc* of_first_token, const Unit (&units)[kCount], int first_turn) {
+#pragma unroll
+      for (int turn = 0; turn < kCount; ++turn) {
+        const int i = threadIdx.x + (first_turn + turn) * kRecurrentThreads;
         if (i >= kUnits) continue;
         Acc* to = of_first_token + i / (kDim / kUnit) * static_cast<int>(sizeof(Token<Cfg>) / sizeof(Acc)) +
                   i % (kDim / kUnit) * kUnit;
@@ -186,6 +222,8 @@ class GroupFetch {
         for (int e = 0; e < kUnit; ++e) to[e] = to_acc(units[turn].x[e]);
       }
     }
+
+    Unit units_[kInRegisters ? kTurns : 1];
   };
 
   Part<Cfg::kMaxDimK> q_, k_;
@@ -231,7 +269,7 @@ __device__ __forceinline__ void for_each_token(TokenGroup<Cfg>& group, const Rec
         GroupFetch<Cfg> fetch;
         fetch.start(params, place, first, tokens);
         __syncthreads();  // everyone is done with the last ones
-        fetch.finish(group, params.q.data != nullptr, false);
+        fetch.finish(group, params, place, first, tokens);
         __syncthreads();
       }
       for (int t = 0; t < tokens; ++t) body(group.tokens[t], t);
@@ -241,7 +279,9 @@ __device__ __forceinline__ void for_each_token(TokenGroup<Cfg>& group, const Rec
 }
 
 template <class Cfg>
-__global__ void __launch_bounds__(kRecurrentThreads, Cfg::kGroup == 1 ? 4 : 3)
+__global__ void __launch_bounds__(kRecurrentThreads, Cfg::kGroup == 1      ? 4
+                                                     : Cfg::kMaxDimK > 128 ? 2
+                                                                           : 3)
     la2_recurrent_columns_simt_kernel(const __grid_constant__ RecurrentParams params) {
   using T = typename Cfg::T;
   using P = typename Cfg::P;
@@ -273,7 +313,7 @@ __global__ void __launch_bounds__(kRecurrentThreads, Cfg::kGroup == 1 ? 4 : 3)
   };
   Vec<Acc> s[Cfg::kLoads] = {};
   for_each_vec([&](int i) { load_part<Cfg::kVector>(s[i], gS + i * Cfg::kRowStep * state.stride_d, state.stride_e); });
-  fetch.finish(group, params.q.data != nullptr, true);
+  fetch.finish(group, params, place, 0, min(count, Cfg::kGroup));
   __syncthreads();
   const Acc decay = group.decay;
 
@@ -319,7 +359,9 @@ __global__ void __launch_bounds__(kRecurrentThreads, Cfg::kGroup == 1 ? 4 : 3)
 }
 
 template <class Cfg>
-__global__ void __launch_bounds__(kRecurrentThreads, Cfg::kGroup == 1 ? 4 : 3)
+__global__ void __launch_bounds__(kRecurrentThreads, Cfg::kGroup == 1      ? 4
+                                                     : Cfg::kMaxDimK > 128 ? 2
+                                                                           : 3)
     la2_recurrent_rows_simt_kernel(const __grid_constant__ RecurrentParams params) {
   using T = typename Cfg::T;
   using P = typename Cfg::P;
@@ -351,7 +393,7 @@ __global__ void __launch_bounds__(kRecurrentThreads, Cfg::kGroup == 1 ? 4 : 3)
   };
   Vec<Acc> s[Cfg::kCols][Cfg::kVecsPerLane] = {};
   for_each_vec([&](int col, int i) { s[col][i] = load_state_vec(gS + col * state.stride_e + 32 * i * Cfg::kVec); });
-  fetch.finish(group, params.q.data != nullptr, true);
+  fetch.finish(group, params, place, 0, min(count, Cfg::kGroup));
   __syncthreads();
   const Acc decay = group.decay;
 
