@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_attn2_ext import slopes, testing
-from lightning_attn2_ext.bench import cpu, gate, ops, peers, report
+from lightning_attn2_ext.bench import cpu, gate, ops, peers, plots, report
 
 
 def problem(n=300, dtype=torch.float32):
@@ -125,3 +125,17 @@ def test_table_is_markdown():
         "| forward  |  1.0 |",
         "| backward | 12.5 |",
     ]
+
+
+@pytest.mark.skipif(plots.missing() is not None, reason=str(plots.missing()))
+def test_what_was_recorded_is_shown_and_drawn(tmp_path, capsys):
+    row = {"shape": "1,2,64,128", "floor_ms": 1.0, "passed": True, "errors": {"out": 1e-3}}
+    rows = [
+        row | {"what": w, "op": op, "ms": ms, "of_floor": 1 / ms}
+        for w in ("forward", "backward")
+        for op, ms in (("la2 BHND", 1.25), ("la2 BNHD", 2.0), ("fla simple_gla", 4.0))
+    ]
+    report.write_json(str(tmp_path / "ops.json"), "ops", report.environment(), rows)
+    assert ops.main(["--from", str(tmp_path / "ops.json"), "--plot", str(tmp_path / "ops.png")]) == 0
+    assert (tmp_path / "ops.png").stat().st_size > 1000
+    assert "80 %" in capsys.readouterr().out

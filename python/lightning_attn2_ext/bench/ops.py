@@ -8,13 +8,15 @@ time taken: 100 % would be a kernel that is only memory traffic, and no more of 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import pathlib
 
 import torch
 from torch.nn import functional as F
 
 from .. import info, slopes, testing
-from . import floor, gate, peers, report
+from . import floor, gate, peers, plots, report
 from .timing import CudaClock
 
 #: (B, H, N) with D = E = 128.
@@ -148,6 +150,43 @@ def tables(results: list[dict]) -> str:
     return "\n\n".join(parts)
 
 
+def picture(path: pathlib.Path, results: list[dict], caption: str) -> None:
+    """Share of the floor by shape, of our layouts the slower one."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = {"la2": "la2", "la2 sm80": "la2, portable kernels"}
+    shapes = list(dict.fromkeys(r["shape"] for r in results))
+    whats = [w for w in ("forward", "backward") if any(r["what"] == w for r in results)]
+    figure, axes = pyplot.subplots(1, len(whats), figsize=(11, 4.4), layout="constrained", squeeze=False, sharey=True)
+    for axis, what in zip(axes[0], whats, strict=True):
+        shares: dict[str, dict[str, float]] = {}
+        for r in results:
+            if r["what"] == what and r.get("of_floor"):
+                name = r["op"].removesuffix(" BHND").removesuffix(" BNHD")
+                own = shares.setdefault(names.get(name, name), {})
+                own[r["shape"]] = min(own.get(r["shape"], 1e9), 100 * r["of_floor"])
+        height = 0.8 / len(shares)
+        for i, (name, own) in enumerate(shares.items()):
+            places = [shapes.index(s) + (i - (len(shares) - 1) / 2) * height for s in own]
+            bars = axis.barh(places, own.values(), height, label=name, color=plots._COLORS[i])
+            axis.bar_label(bars, fmt="%.0f", fontsize=7, padding=2)
+        axis.set_yticks(range(len(shapes)), shapes)
+        axis.set_xlim(0, 100)
+        axis.set_xlabel("% of the memory floor")
+        axis.set_title(what)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0][0].invert_yaxis()
+    axes[0][0].set_ylabel("B, H, N, D")
+    axes[0][-1].legend(frameon=False, fontsize=8, loc="lower right")
+    figure.supxlabel(caption, fontsize=7, color="#495057")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
 def _shape(text: str) -> tuple[int, ...]:
     try:
         values = tuple(int(x) for x in text.split(","))
@@ -156,6 +195,17 @@ def _shape(text: str) -> tuple[int, ...]:
     if len(values) not in (3, 4, 5):
         raise argparse.ArgumentTypeError(f"{text!r}, expected B,H,N or B,H,N,D or B,H,N,D,E")
     return values
+
+
+def _draw(path: pathlib.Path | None, results: list[dict], facts: dict) -> int:
+    if path is None:
+        return 0
+    if reason := plots.missing():
+        print(f"no plot: {reason}")
+        return 2
+    picture(path, results, " · ".join(report.describe(facts).splitlines()))
+    print(f"drew {path}")
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -168,7 +218,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=20, help="timed calls of which the median is shown (default 20)")
     parser.add_argument("--json", metavar="OUT", help="write the results there too")
     parser.add_argument("--quick", action="store_true", help="two small shapes: to see that it runs")
+    parser.add_argument("--plot", metavar="PNG", type=pathlib.Path, help="draw the shares of the floor")
+    parser.add_argument("--from", dest="source", metavar="JSON", help="show and draw what was measured before")
     arguments = parser.parse_args(argv)
+    if arguments.source:
+        recorded = json.loads(pathlib.Path(arguments.source).read_text())
+        print(tables(recorded["results"]))
+        return _draw(arguments.plot, recorded["results"], recorded["environment"])
     if arguments.family:
         os.environ["LA2_PLAN"] = arguments.family if "=" in arguments.family else f"family={arguments.family}"
     if not torch.cuda.is_available():
@@ -250,4 +306,5 @@ def main(argv: list[str] | None = None) -> int:
     print("\n" + tables(results))
     if arguments.json:
         report.write_json(arguments.json, "ops", facts, results)
+    _draw(arguments.plot, results, facts)
     return 0 if all(r["passed"] for r in results if r["op"].startswith("la2")) else 1
