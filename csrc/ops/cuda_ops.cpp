@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <optional>
 
 #include "../core/plan.h"
 #include "../kernels/simt/extend.h"
@@ -28,7 +29,9 @@ void check_cuda(const char* op, const char* what, cudaError_t error) {
 // Makes the tensor's device current for torch and for this library's own CUDA runtime, and takes torch's stream.
 class Device {
  public:
-  Device(const char* op, const Tensor& t) : guard_(t.get_device_index()), index_(t.get_device_index()) {
+  Device(const char* op, const Tensor& t) : index_(t.get_device_index()) {
+    int32_t current = -1;
+    if (aoti_torch_get_current_device_index(&current) != 0 || current != index_) guard_.emplace(index_);
     check_cuda(op, "cudaSetDevice", cudaSetDevice(index_));
     void* stream = nullptr;
     if (aoti_torch_get_current_cuda_stream(index_, &stream) != 0) fail(op, ": torch has no current CUDA stream");
@@ -66,7 +69,7 @@ class Device {
   bool orders_kernels() const { return props().compute_capability >= 90; }  // ptx/launch_order.cuh
 
  private:
-  torch::stable::accelerator::DeviceGuard guard_;
+  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
   int index_;
   cudaStream_t stream_ = nullptr;
 };

@@ -162,26 +162,37 @@ struct SlopeBlock {
   Slopes slopes;
 };
 
-void decode(Bytes& in, DType dtype, double scale) {
-  DecodeParams p{};
+// decode (one token, outputs and states), verify (outputs alone) or commit (states alone), pools of either dtype.
+void recurrent(Bytes& in, DType dtype, double scale) {
+  RecurrentParams p{};
   p.dtype = dtype;
+  const int64_t kind = in.below(3);
+  const bool has_out = kind != 2;
   p.rows = in.below(5), p.heads = in.below(4), p.dim_k = dim(in), p.dim_v = dim(in);
+  p.tokens = kind == 0 ? 1 : 1 + in.below(kMaxRecurrentTokens);
   p.slots = p.rows + in.below(3);
   p.scale = scale;
-  Block q(in, dtype, {p.rows, p.heads, p.dim_k}, 1, false), k(in, dtype, {p.rows, p.heads, p.dim_k}, 1, false),
-      v(in, dtype, {p.rows, p.heads, p.dim_v}, 1, false), out(in, dtype, {p.rows, p.heads, p.dim_v}, 1, true),
-      state(in, accumulation(dtype), {p.slots, p.heads, p.dim_k, p.dim_v}, 0, false);
+  p.writes_state = kind != 1;
+  const bool is_bf16 = dtype != DType::kFloat64 && in.flag();
+  const std::vector<int64_t> keys{p.rows, p.heads, p.tokens, p.dim_k}, values{p.rows, p.heads, p.tokens, p.dim_v};
+  Block q(in, dtype, keys, 1, false), k(in, dtype, keys, 1, false), v(in, dtype, values, 1, false),
+      out(in, dtype, values, 1, true),
+      state(in, is_bf16 ? DType::kBFloat16 : accumulation(dtype), {p.slots, p.heads, p.dim_k, p.dim_v}, 0, false);
   SlopeBlock slope(in, accumulation(dtype), p.rows, p.heads);
-  std::vector<int64_t> indices;
+  std::vector<int64_t> indices, counts;
   for (int64_t i = 0; i < p.rows; ++i) indices.push_back(in.below(4) ? i + (p.slots - p.rows) : -1 - in.below(100));
-  const Integers slots(indices, in.flag());
+  for (int64_t i = 0; i < p.rows; ++i) counts.push_back(in.below(p.tokens + 4) - 1);  // out of range too
+  const Integers slots(indices, in.flag()), accepted(counts, in.flag());
   const bool has_indices = p.slots != p.rows || in.flag();
-  p.q = q.rows(), p.k = k.rows(), p.v = v.rows(), p.out = out.mutable_rows(), p.state = state.mutable_state();
+  if (has_out) p.q = q.rows(), p.out = out.mutable_rows();
+  p.k = k.rows(), p.v = v.rows(), p.state = state.mutable_state();
+  p.state.is_bf16 = is_bf16;
   p.slope = slope.slopes;
   p.state_indices = has_indices ? slots.data.get() : nullptr;
   p.indices_are_int64 = slots.is_int64;
-  check(cpu::kernels_baseline.decode(p, threads(in)), "memory for the scratch");
-  out.check_written();
+  if (kind == 2) p.num_accepted = {accepted.data.get(), accepted.is_int64};
+  check(cpu::kernels_baseline.recurrent(p, threads(in)), "memory for the scratch");
+  if (has_out) out.check_written();
 }
 
 }  // namespace
@@ -192,7 +203,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   const double scale = in.flag() ? 1.0 : -0.7;
   const int64_t kind = in.below(3);
   if (kind == 2) {
-    decode(in, dtype, scale);
+    recurrent(in, dtype, scale);
     return 0;
   }
   const bool packed = in.flag();
