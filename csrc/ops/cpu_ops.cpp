@@ -2,6 +2,7 @@
 #include "../kernels/cpu/kernels.h"
 #include "arguments.h"
 #include "check_values.h"
+#include "recurrent_ops.h"
 
 namespace la2::ops {
 namespace {
@@ -112,31 +113,7 @@ void run_recurrent(const char* op, Recurrent& args, const Tensor* out, bool has_
   check_memory(op, cpu::kernels().recurrent(p, torch_threads()));
 }
 
-Tensor decode(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& state, const OptTensor& slope,
-              const OptTensor& state_indices, double scale) {
-  const char* op = "la2::decode";
-  Recurrent args = check_recurrent(op, kDevice, q, k, v, state, slope, state_indices, {}, false, scale);
-  const Tensor out = empty_recurrent_out(args, false);
-  run_recurrent(op, args, &out, false);
-  return out;
-}
-
-Tensor verify(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& state, const OptTensor& slope,
-              const OptTensor& state_indices, double scale) {
-  const char* op = "la2::verify";
-  Recurrent args = check_recurrent(op, kDevice, q, k, v, state, slope, state_indices, {}, true, scale);
-  args.params.writes_state = false;
-  const Tensor out = empty_recurrent_out(args, true);
-  run_recurrent(op, args, &out, true);
-  return out;
-}
-
-void commit(const Tensor& k, const Tensor& v, const Tensor& state, const Tensor& num_accepted, const OptTensor& slope,
-            const OptTensor& state_indices) {
-  const char* op = "la2::commit";
-  Recurrent args = check_recurrent(op, kDevice, {}, k, v, state, slope, state_indices, num_accepted, true, 1.0);
-  run_recurrent(op, args, nullptr, true);
-}
+using OnPools = RecurrentOps<&run_recurrent, kDevice>;
 
 Tensor extend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& state, const Tensor& cu_seqlens,
               const OptTensor& slope, const OptTensor& read_slots, const OptTensor& write_slots,
@@ -160,9 +137,9 @@ STABLE_TORCH_LIBRARY_IMPL(la2, CPU, m) {
   m.impl("forward", TORCH_BOX(&forward));
   m.impl("forward_with_state", TORCH_BOX(&forward_with_state));
   m.impl("backward", TORCH_BOX(&backward));
-  m.impl("decode", TORCH_BOX(&decode));
-  m.impl("verify", TORCH_BOX(&verify));
-  m.impl("commit", TORCH_BOX(&commit));
+  m.impl("decode", TORCH_BOX(&OnPools::decode));
+  m.impl("verify", TORCH_BOX(&OnPools::verify));
+  m.impl("commit", TORCH_BOX(&OnPools::commit));
   m.impl("extend", TORCH_BOX(&extend));
 }
 

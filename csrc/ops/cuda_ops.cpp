@@ -12,6 +12,7 @@
 #include "../kernels/sm90/launch.h"
 #include "arguments.h"
 #include "check_values.h"
+#include "recurrent_ops.h"
 
 // torch/csrc/inductor/aoti_torch/c/shim.h hides it where torch was built without CUDA.
 extern "C" int32_t aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
@@ -350,31 +351,7 @@ void run_recurrent(const char* op, Recurrent& args, const Tensor* out, bool has_
   check_cuda(op, "launching the kernel", simt::launch_recurrent(p, device.orders_kernels(), device.stream()));
 }
 
-Tensor decode(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& state, const OptTensor& slope,
-              const OptTensor& state_indices, double scale) {
-  const char* op = "la2::decode";
-  Recurrent args = check_recurrent(op, kDevice, q, k, v, state, slope, state_indices, {}, false, scale);
-  const Tensor out = empty_recurrent_out(args, false);
-  run_recurrent(op, args, &out, false);
-  return out;
-}
-
-Tensor verify(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& state, const OptTensor& slope,
-              const OptTensor& state_indices, double scale) {
-  const char* op = "la2::verify";
-  Recurrent args = check_recurrent(op, kDevice, q, k, v, state, slope, state_indices, {}, true, scale);
-  args.params.writes_state = false;
-  const Tensor out = empty_recurrent_out(args, true);
-  run_recurrent(op, args, &out, true);
-  return out;
-}
-
-void commit(const Tensor& k, const Tensor& v, const Tensor& state, const Tensor& num_accepted, const OptTensor& slope,
-            const OptTensor& state_indices) {
-  const char* op = "la2::commit";
-  Recurrent args = check_recurrent(op, kDevice, {}, k, v, state, slope, state_indices, num_accepted, true, 1.0);
-  run_recurrent(op, args, nullptr, true);
-}
+using OnPools = RecurrentOps<&run_recurrent, kDevice>;
 
 // ---- extend
 
@@ -536,9 +513,9 @@ STABLE_TORCH_LIBRARY_IMPL(la2, CUDA, m) {
   m.impl("forward", TORCH_BOX(&forward));
   m.impl("forward_with_state", TORCH_BOX(&forward_with_state));
   m.impl("backward", TORCH_BOX(&backward));
-  m.impl("decode", TORCH_BOX(&decode));
-  m.impl("verify", TORCH_BOX(&verify));
-  m.impl("commit", TORCH_BOX(&commit));
+  m.impl("decode", TORCH_BOX(&OnPools::decode));
+  m.impl("verify", TORCH_BOX(&OnPools::verify));
+  m.impl("commit", TORCH_BOX(&OnPools::commit));
   m.impl("extend", TORCH_BOX(&extend));
 }
 

@@ -11,7 +11,9 @@ Names as everywhere in this package: B batch, H heads, N length, D key dim, E va
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
 
 import torch
 from torch import Tensor
@@ -193,6 +195,20 @@ class Bound:
 
     l2: float
     max: float
+
+
+@contextlib.contextmanager
+def forced_plan(plan: str):
+    """LA2_PLAN is ``plan`` for a while."""
+    before = os.environ.get("LA2_PLAN")
+    os.environ["LA2_PLAN"] = plan
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["LA2_PLAN"]
+        else:
+            os.environ["LA2_PLAN"] = before
 
 
 def error(got: Tensor, want: Tensor) -> Error:

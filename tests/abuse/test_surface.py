@@ -6,8 +6,9 @@ from hypothesis import assume
 from hypothesis import strategies as st
 
 import lightning_attn2_ext
+from lightning_attn2_ext.testing import forced_plan
 from tests.support import tolerance
-from tests.support.abuse import forced_plan, property_test
+from tests.support.abuse import property_test
 from tests.support.cases import Case, cases
 
 la2 = torch.ops.la2

@@ -4,7 +4,6 @@ LA2_EXAMPLES: of each property on each device (default 60). From 500 on, in 16 p
 pytest-xdist to spread. LA2_EXAMPLES_SEED: other examples. LA2_EXAMPLES_LOG: a file that gets a line for each part.
 """
 
-import contextlib
 import functools
 import json
 import math
@@ -51,17 +50,3 @@ def _log(name, device, drawn):
     if path:
         with open(path, "a") as file:  # short lines: whole, whoever else writes
             file.write(json.dumps({"test": name, "device": device, "examples": drawn}) + "\n")
-
-
-@contextlib.contextmanager
-def forced_plan(plan):
-    """LA2_PLAN for a while; hypothesis and monkeypatch do not go together."""
-    before = os.environ.get("LA2_PLAN")
-    os.environ["LA2_PLAN"] = plan
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["LA2_PLAN"]
-        else:
-            os.environ["LA2_PLAN"] = before

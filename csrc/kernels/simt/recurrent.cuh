@@ -7,9 +7,8 @@
 // give is bit for bit what as many calls of one would. Two kernels for the two orders a state comes in:
 //
 //   columns (KV, stride_e == 1, and any other strides): 8 threads cover 128 bytes of a row, 16 rows of D at once; the
-//   sum
-//           over D runs over the threads of a column;
-//   rows    (VK, stride_d == 1): a warp covers D of one column of E; the sum over D runs over its lanes.
+//   sum over D runs over the threads of a column; rows    (VK, stride_d == 1): a warp covers D of one column of E; the
+//   sum over D runs over its lanes.
 #pragma once
 
 #include <cuda_bf16.h>

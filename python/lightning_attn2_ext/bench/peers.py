@@ -7,7 +7,6 @@ softmax attention, which is another operator and is there for scale.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import importlib.metadata
 import os
@@ -15,6 +14,8 @@ import os
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from .. import testing
 
 
 class Peer:
@@ -105,17 +106,9 @@ class OursPortable(Ours):
         is_hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
         return None if is_hopper else "these are the only kernels for this GPU, and have their rows above"
 
-    @contextlib.contextmanager
-    def _forced(self):
-        before = os.environ.get("LA2_PLAN")
-        os.environ["LA2_PLAN"] = ",".join(["family=sm80", *([before] if before else [])])
-        try:
-            yield
-        finally:
-            if before is None:
-                del os.environ["LA2_PLAN"]
-            else:
-                os.environ["LA2_PLAN"] = before
+    @staticmethod
+    def _forced():
+        return testing.forced_plan(",".join(filter(None, ["family=sm80", os.environ.get("LA2_PLAN")])))
 
     def forward(self, q, k, v):
         with self._forced():

@@ -9,7 +9,6 @@ half away, and 4 D E through the state.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import pathlib
 
@@ -59,17 +58,8 @@ def points(run: Run) -> list[dict]:
     return found
 
 
-@contextlib.contextmanager
 def forced(plan: str):
-    before = os.environ.get("LA2_PLAN")
-    os.environ["LA2_PLAN"] = ",".join(filter(None, [before, plan]))
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["LA2_PLAN"]
-        else:
-            os.environ["LA2_PLAN"] = before
+    return testing.forced_plan(",".join(filter(None, [os.environ.get("LA2_PLAN"), plan])))
 
 
 def _slope(name: str, heads: int, device) -> Tensor:
