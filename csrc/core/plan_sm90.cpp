@@ -1,5 +1,6 @@
 // The Hopper family's planner: csrc/kernels/sm90.
 #include <cmath>
+#include <vector>
 
 #include "plan_parts.h"
 
@@ -49,8 +50,7 @@ int64_t resident_blocks(const DeviceProps& device, int cluster) {
 // with the slopes of most heads.
 constexpr double kWindowShare = 0.35;
 
-// What blocks walk. Dense: items of equal length. Packed, lengths are known to the device alone: a sequence is taken to
-// have up to four times the mean.
+// What blocks walk.
 struct Walk {
   int64_t units;     // times heads
   int64_t chunks;    // of the longest item
@@ -59,18 +59,30 @@ struct Walk {
   bool is_packed;
 };
 
-Walk walk_of(const Problem& p, const Plan& plan) {
+// `num_long` sequences of `longest` tokens, and what is left of the tokens in all others.
+Walk walk_of(const Problem& p, const Plan& plan, int64_t longest, int64_t num_long) {
   const int64_t tokens = std::max<int64_t>(p.length, 1), num_seqs = std::max<int64_t>(p.num_seqs, 1);
-  const int64_t longest = p.packed ? std::min(tokens, 4 * ceil_div(tokens, num_seqs)) : tokens;
   const int64_t walked = std::min(plan.segment_len, longest);
+  const int64_t in_long = p.packed ? std::min(num_long * longest, tokens) : num_long * longest;
   Walk walk;
-  walk.units = (p.packed ? std::max(num_seqs, ceil_div(tokens, plan.segment_len)) : plan.num_units) * p.heads;
+  walk.units = (p.packed ? num_seqs - num_long + num_long * ceil_div(longest, walked) : plan.num_units) * p.heads;
   walk.chunks = ceil_div(walked, kChunk);
   walk.all = p.packed ? static_cast<double>((tokens / kChunk + num_seqs) * p.heads)
                       : static_cast<double>(walk.units * walk.chunks);
-  walk.cut_share = 1.0 - static_cast<double>(walked) / static_cast<double>(longest);
+  walk.cut_share = (1.0 - static_cast<double>(walked) / static_cast<double>(longest)) * static_cast<double>(in_long) /
+                   static_cast<double>(p.packed ? tokens : in_long);
   walk.is_packed = p.packed;
   return walk;
+}
+
+// The cases that count alike in a plan's time. Packed, lengths are known to the device alone: they may be equal, or one
+// sequence may have half of all tokens.
+std::vector<Walk> walks_of(const Problem& p, const Plan& plan) {
+  const int64_t tokens = std::max<int64_t>(p.length, 1), num_seqs = std::max<int64_t>(p.num_seqs, 1);
+  if (!p.packed) return {walk_of(p, plan, tokens, num_seqs)};
+  std::vector<Walk> walks = {walk_of(p, plan, ceil_div(tokens, num_seqs), num_seqs)};
+  if (num_seqs > 2) walks.push_back(walk_of(p, plan, ceil_div(tokens, 2), 1));
+  return walks;
 }
 
 // A launch of `width` blocks for each unit and head, which moves `bytes`.
@@ -85,6 +97,14 @@ double launch_us(const DeviceProps& device, const Walk& walk, int64_t width, int
   const double walking = std::max(steps, chunks) * chunk_us * (1 + kBusy * busy), copying = bytes / (kGBs * 1e3);
   // Not quite the longer of the two: where they are alike, each waits for the other now and then.
   return std::pow(std::pow(walking, 8) + std::pow(copying, 8), 1.0 / 8);
+}
+
+// The mean of us(walk).
+template <class Us>
+double mean_us(const std::vector<Walk>& walks, const Us& us) {
+  double sum = 0;
+  for (const Walk& walk : walks) sum += us(walk);
+  return sum / static_cast<double>(walks.size());
 }
 
 }  // namespace
@@ -115,7 +135,7 @@ Status plan_sm90(const Problem& p, const DeviceProps& device, const Forced& forc
       Plan candidate;
       candidate.family = Family::kSm90;
       const bool cut = cut_into_segments(p, segments, &candidate);
-      const Walk walk = walk_of(p, candidate);
+      const std::vector<Walk> walks = walks_of(p, candidate);
       double us = kFirstUs;
       auto add = [&](int launch, int64_t dim_a, int64_t dim_c, int wanted_slice, int jobs) -> bool {
         const Sm90Cost* cost = find(tile_a_for(dim_a), wanted_slice);
@@ -127,8 +147,10 @@ Status plan_sm90(const Problem& p, const DeviceProps& device, const Forced& forc
         candidate.max_blocks[launch] = p.packed ? 0 : resident_blocks(device, cluster);
         candidate.num_launches = launch + 1;
         const double bytes = rows * jobs * 2 * static_cast<double>(dim_a + dim_c);
-        us += launch_us(device, walk, ceil_div(slices, cluster) * cluster * jobs, cluster, 1,
-                        p.backward ? cost->gradient : cost->out, bytes);
+        us += mean_us(walks, [&](const Walk& walk) {
+          return launch_us(device, walk, ceil_div(slices, cluster) * cluster * jobs, cluster, 1,
+                           p.backward ? cost->gradient : cost->out, bytes);
+        });
         return true;
       };
       if (!p.backward) {
@@ -139,7 +161,9 @@ Status plan_sm90(const Problem& p, const DeviceProps& device, const Forced& forc
         candidate.is_fused = true;
         candidate.tiles[0] = {tile_a_for(p.dim_v), tile_a_for(p.dim_k), kChunk};  // of dk
         candidate.max_blocks[0] = p.packed ? 0 : resident_blocks(device, 1);
-        us += launch_us(device, walk, 1, 1, 1, pair_us, rows * 3 * static_cast<double>(p.dim_k + p.dim_v)) + kNextUs;
+        us += kNextUs + mean_us(walks, [&](const Walk& walk) {
+                return launch_us(device, walk, 1, 1, 1, pair_us, rows * 3 * static_cast<double>(p.dim_k + p.dim_v));
+              });
         if (!add(1, p.dim_v, p.dim_k, slice, 1)) continue;
       } else {
         // Slices of 128 do not split what dk and dv need split.
@@ -161,9 +185,12 @@ Status plan_sm90(const Problem& p, const DeviceProps& device, const Forced& forc
           const int cluster = candidate.state_clusters[launch];
           candidate.state_floats[launch] = tile.tile_a * ceil_div(dim_c, 64) * 64;
           const Sm90Cost& cost = *find(tile.tile_a, tile.slice);
-          const double bytes = rows * jobs * walk.cut_share * static_cast<double>(dim_a + dim_c);
-          us += kWindowShare * launch_us(device, walk, slices * jobs, cluster, walk.cut_share,
-                                         p.backward ? cost.state_only_split : cost.state_only, bytes);
+          us += kWindowShare * mean_us(walks, [&](const Walk& walk) {
+                  if (walk.cut_share == 0) return 0.0;
+                  const double bytes = rows * jobs * walk.cut_share * static_cast<double>(dim_a + dim_c);
+                  return launch_us(device, walk, slices * jobs, cluster, walk.cut_share,
+                                   p.backward ? cost.state_only_split : cost.state_only, bytes);
+                });
         };
         if (!p.backward) {
           add_states(0, p.dim_k, p.dim_v, 1);

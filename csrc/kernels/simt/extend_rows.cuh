@@ -1,8 +1,8 @@
 // The requests of an extend that are no work for the trilinear kernels: of one token (a decode step from slot to slot),
 // of none (the state moves), padding and the rows behind the last request (zero).
 //
-// As in recurrent.cuh a block takes 16 KiB of one state, all of D for a slice of E, columns or rows of it; the blocks
-// of longer requests go at once, or copy the initial state to `dense`, where its slot may be written before it is read.
+// As in recurrent.cuh a block takes all of D for a slice of E of one state; the blocks of longer requests go at once,
+// or copy the initial state to `dense`, where its slot may be written before it is read.
 #pragma once
 
 #include "../ptx/launch_order.cuh"
@@ -81,205 +81,55 @@ __device__ __forceinline__ void zero_rows(const ExtendParams& params, const Exte
     *reinterpret_cast<uint4*>(out + r * params.out.stride_n) = {0, 0, 0, 0};
 }
 
-// The rows as decode's, one a token; of slopes this request's.
-template <class Acc>
-__device__ __forceinline__ RecurrentParams decode_params(const ExtendParams& params, const ExtendWork& work) {
-  RecurrentParams p{};
-  p.dim_k = params.dim_k;
-  p.q = {params.q.data, params.q.stride_n, params.q.stride_h, 0};
-  p.k = {params.k.data, params.k.stride_n, params.k.stride_h, 0};
-  p.v = {params.v.data, params.v.stride_n, params.v.stride_h, 0};
-  p.out = {params.out.data, params.out.stride_n, params.out.stride_h, 0};
-  p.slope = params.slope;
-  p.slope.stride_s = 0;
-  if (p.slope.data != nullptr)
-    p.slope.data = static_cast<const Acc*>(params.slope.data) + work.request * params.slope.stride_s;
-  return p;
-}
-
-// store(where it goes, of which state) for a state that moves as it is.
-template <class P, class Acc, class Store>
-__device__ __forceinline__ void move_to(const ExtendParams& params, const ExtendWork& work, const MutableState& dense,
-                                        int col, int dim, const Store& store) {
-  if (work.to_dense)
-    store(state_part<Acc>(dense, work.write_slot, work.place, col, dim), dense);
-  else
-    store(state_part<P>(params.state, work.write_slot, work.place, col, dim), params.state);
-}
-
 // Grid: slices x heads x (requests + tail_blocks), slices fastest. `dense` has the pool's order.
-template <class Cfg>
-__global__ void __launch_bounds__(kRecurrentThreads)
-    la2_extend_columns_simt_kernel(const __grid_constant__ ExtendParams params,
-                                   const __grid_constant__ ExtendTables tables,
-                                   const __grid_constant__ MutableState dense) {
-  using T = typename Cfg::T;
-  using P = typename Cfg::P;
-  using Acc = typename Cfg::Acc;
-  __shared__ TokenGroup<Cfg> group;
-  __shared__ Acc partial[kRecurrentWarps][Cfg::kSlice];
-
-  ptx::wait_for_previous_kernel();
-  ptx::launch_dependents();
-  const ExtendWork work = find_extend_work<Cfg::kSlice>(params, tables, dense.data != nullptr);
-  const Place& place = work.place;
-  if (work.zero_step != 0) return zero_rows<T>(params, work);
-  const int first_dim = threadIdx.x / Cfg::kLanes;
-  const int col = threadIdx.x % Cfg::kLanes * Cfg::kVec;
-  const bool in_cols = col < place.cols;
-  const MutableState& state = params.state;
-  // f(i) for the vectors of this thread that exist.
-  auto for_each_vec = [&](const auto& f) {
-#pragma unroll
-    for (int i = 0; i < Cfg::kLoads; ++i) {
-      if (in_cols && first_dim + i * Cfg::kRowStep < params.dim_k) f(i);
-    }
-  };
-  Vec<Acc> s[Cfg::kLoads] = {};
-  auto load = [&] {
-    if (!work.reads) return;
-    const P* from = state_part<P>(state, place.slot, place, col, first_dim);
-    for_each_vec(
-        [&](int i) { load_part<Cfg::kVector>(s[i], from + i * Cfg::kRowStep * state.stride_d, state.stride_e); });
-  };
-  if (!work.has_token) {
-    if (!work.writes) return;
-    load();
-    move_to<P, Acc>(params, work, dense, col, first_dim, [&](auto* to, const MutableState& into) {
-      for_each_vec(
-          [&](int i) { store_part<Cfg::kVector>(to + i * Cfg::kRowStep * into.stride_d, s[i], into.stride_e); });
-    });
-    return;
-  }
-
-  GroupFetch<Cfg> fetch;
-  const RecurrentParams step = decode_params<Acc>(params, work);
-  fetch.start(step, place, 0, 1);
-  load();
-  fetch.finish(group, step, place, 0, 1);
-  const Token<Cfg>& token = group.tokens[0];
-  __syncthreads();
-
-  const Vec<Acc> v = load_vec(&token.v[col]);
-  const Acc decay = group.decay;
-  Acc out[Cfg::kVec] = {};
-  for_each_vec([&](int i) {
-    const Acc q = token.q[first_dim + i * Cfg::kRowStep], k = token.k[first_dim + i * Cfg::kRowStep];
-#pragma unroll
-    for (int e = 0; e < Cfg::kVec; ++e) {
-      s[i].x[e] = decay * s[i].x[e] + k * v.x[e];
-      out[e] += q * s[i].x[e];
-    }
-  });
-  if (work.writes) {
-    P* to = state_part<P>(state, work.write_slot, place, col, first_dim);
-    for_each_vec(
-        [&](int i) { store_part<Cfg::kVector>(to + i * Cfg::kRowStep * state.stride_d, s[i], state.stride_e); });
-  }
-
-#pragma unroll
-  for (int e = 0; e < Cfg::kVec; ++e) {
-#pragma unroll
-    for (int distance = Cfg::kLanes; distance < 32; distance *= 2) {
-      out[e] += __shfl_xor_sync(0xffffffffu, out[e], distance);
-    }
-    if (threadIdx.x % 32 < Cfg::kLanes) partial[threadIdx.x / 32][col + e] = out[e];
-  }
-  __syncthreads();
-  if (threadIdx.x < place.cols) {
-    Acc sum = 0;
-#pragma unroll
-    for (int warp = 0; warp < kRecurrentWarps; ++warp) sum += partial[warp][threadIdx.x];
-    from_acc(out_row<T>(decode_params<Acc>(params, work), place, 0)[threadIdx.x], static_cast<Acc>(params.scale) * sum);
-  }
-}
-
-template <class Cfg>
-__global__ void __launch_bounds__(kRecurrentThreads)
+template <class Part>
+__global__ void __launch_bounds__(Part::kThreads, Part::kMinBlocks)
     la2_extend_rows_simt_kernel(const __grid_constant__ ExtendParams params,
                                 const __grid_constant__ ExtendTables tables,
                                 const __grid_constant__ MutableState dense) {
-  using T = typename Cfg::T;
-  using P = typename Cfg::P;
-  using Acc = typename Cfg::Acc;
-  __shared__ TokenGroup<Cfg> group;
+  using T = typename Part::T;
+  using P = typename Part::P;
+  using Acc = typename Part::Acc;
+  __shared__ Acc sums[Part::kParts * Part::kSlice];
+  __shared__ Acc sDecay;
 
   ptx::wait_for_previous_kernel();
   ptx::launch_dependents();
-  const ExtendWork work = find_extend_work<Cfg::kSlice>(params, tables, dense.data != nullptr);
+  const ExtendWork work = find_extend_work<Part::kSlice>(params, tables, dense.data != nullptr);
   const Place& place = work.place;
   if (work.zero_step != 0) return zero_rows<T>(params, work);
-  const int lane = threadIdx.x % 32;
-  const int first_col = threadIdx.x / 32 * Cfg::kCols;  // of this warp, within the slice
-  const MutableState& state = params.state;
-  auto is_inside = [&](int col, int i) {
-    return first_col + col < place.cols && (lane + 32 * i) * Cfg::kVec < params.dim_k;
-  };
-  // f(col, i) for the vectors of this thread that exist.
-  auto for_each_vec = [&](const auto& f) {
-#pragma unroll
-    for (int i = 0; i < Cfg::kVecsPerLane; ++i) {
-#pragma unroll
-      for (int col = 0; col < Cfg::kCols; ++col) {
-        if (is_inside(col, i)) f(col, i);
-      }
-    }
-  };
-  Vec<Acc> s[Cfg::kCols][Cfg::kVecsPerLane] = {};
+  Part part(params.dim_k, place.cols);
   auto load = [&] {
-    if (!work.reads) return;
-    const P* from = state_part<P>(state, place.slot, place, first_col, lane * Cfg::kVec);
-    for_each_vec([&](int col, int i) { s[col][i] = load_state_vec(from + col * state.stride_e + 32 * i * Cfg::kVec); });
+    if (work.reads) part.load(StateView<P>(params.state, place, place.slot));
   };
-  if (!work.has_token) {
+  if (!work.has_token) {  // the state moves as it is
     if (!work.writes) return;
     load();
-    move_to<P, Acc>(params, work, dense, first_col, lane * Cfg::kVec, [&](auto* to, const MutableState& into) {
-      for_each_vec([&](int col, int i) { store_state_vec(to + col * into.stride_e + 32 * i * Cfg::kVec, s[col][i]); });
-    });
+    if (work.to_dense)
+      part.store(StateView<Acc>(dense, place, work.write_slot));
+    else
+      part.store(StateView<P>(params.state, place, work.write_slot));
     return;
   }
 
-  GroupFetch<Cfg> fetch;
-  const RecurrentParams step = decode_params<Acc>(params, work);
-  fetch.start(step, place, 0, 1);
+  // A step of decode, from slot to slot.
+  auto row = [&](const Rows& rows) {
+    return static_cast<const T*>(rows.data) + place.row * rows.stride_n + place.head * rows.stride_h;
+  };
+  typename Part::Token token;
+  token.load(part, row(params.q), row(params.k), row(params.v) + place.first_col);
+  Place of_request = place;
+  of_request.row = work.request;
+  const Acc slope = slope_of_place<Acc>(params.slope, of_request);
   load();
-  fetch.finish(group, step, place, 0, 1);
-  const Token<Cfg>& token = group.tokens[0];
+  leave_decay(&sDecay, slope);
   __syncthreads();
-
-  const Acc decay = group.decay;
-  Acc out[Cfg::kCols] = {};
-#pragma unroll
-  for (int i = 0; i < Cfg::kVecsPerLane; ++i) {
-    const Vec<Acc> q = load_vec(&token.q[(lane + 32 * i) * Cfg::kVec]);
-    const Vec<Acc> k = load_vec(&token.k[(lane + 32 * i) * Cfg::kVec]);
-#pragma unroll
-    for (int col = 0; col < Cfg::kCols; ++col) {
-      if (!is_inside(col, i)) continue;
-      const Acc v = token.v[first_col + col];
-#pragma unroll
-      for (int w = 0; w < Cfg::kVec; ++w) {
-        s[col][i].x[w] = decay * s[col][i].x[w] + k.x[w] * v;
-        out[col] += q.x[w] * s[col][i].x[w];
-      }
-    }
-  }
-  if (work.writes) {
-    P* to = state_part<P>(state, work.write_slot, place, first_col, lane * Cfg::kVec);
-    for_each_vec([&](int col, int i) { store_state_vec(to + col * state.stride_e + 32 * i * Cfg::kVec, s[col][i]); });
-  }
-
-#pragma unroll
-  for (int col = 0; col < Cfg::kCols; ++col) {
-#pragma unroll
-    for (int distance = 16; distance > 0; distance /= 2) {
-      out[col] += __shfl_xor_sync(0xffffffffu, out[col], distance);
-    }
-    if (lane == col && first_col + col < place.cols)
-      from_acc(out_row<T>(decode_params<Acc>(params, work), place, 0)[first_col + col],
-               static_cast<Acc>(params.scale) * out[col]);
-  }
+  const auto sum = part.take(token, sDecay);
+  if (work.writes) part.store(StateView<P>(params.state, place, work.write_slot));
+  part.leave(sum, sums);
+  __syncthreads();
+  const MutableRows out = {params.out.data, params.out.stride_n, params.out.stride_h, 0};
+  write_outputs<Part>(out, params.scale, place, 0, 1, sums);
 }
 
 }  // namespace la2::simt

@@ -25,6 +25,10 @@ EXTEND, SNAPSHOTS, FORWARD, DECODE = (
 POOLS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
+#: Of lengths_of.
+KINDS = ("uniform", "skewed", "random")
+
+
 def lengths_of(kind: str, requests: int, tokens: int) -> list[int]:
     """uniform; skewed: one request has half of the tokens; random: cut at random places."""
     if kind == "random":
@@ -134,7 +138,7 @@ def _timed(name: str, problem: Problem, run, clock, bytes_per_s, repeats, verdic
 def measure(sizes: dict, dtype, pool_dtype, clock, bytes_per_s, repeats) -> list[dict]:
     rows = []
     for heads in sizes["heads"]:
-        for kind in ("uniform", "skewed", "random"):
+        for kind in KINDS:
             lengths = lengths_of(kind, sizes["requests"], sizes["tokens"])
             problem = Problem(lengths, heads, sizes["dim"], dtype, pool_dtype, clock.device)
             runs = {EXTEND: problem.extend, SNAPSHOTS: problem.extend_with_snapshots}

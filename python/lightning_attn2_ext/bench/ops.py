@@ -8,6 +8,7 @@ time taken: 100 % would be a kernel that is only memory traffic, and no more of 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import pathlib
@@ -17,11 +18,12 @@ from torch.nn import functional as F
 
 from .. import info, slopes, testing
 from . import floor, gate, peers, plots, report
+from .extend import KINDS, lengths_of
 from .timing import CudaClock
 
 #: (B, H, N) with D = E = 128.
 SHAPES = ((1, 8, 8192), (1, 64, 8192), (4, 32, 4096), (8, 32, 2048), (1, 16, 131072))
-#: (H, number of sequences, tokens): one packed call.
+#: (H, number of sequences, tokens): one packed call, for each kind of lengths.
 PACKED = ((64, 20, 32768), (8, 20, 32768))
 QUICK_SHAPES = ((1, 8, 2048), (2, 32, 1024))
 SOFTMAX_UP_TO = 8192
@@ -90,45 +92,56 @@ def run_peer(peer: peers.Peer, inputs, slope, clock, bytes_per_s: float, repeats
     return results
 
 
-def run_packed(peer: peers.Peer, h: int, num_seqs: int, tokens: int, d: int, dtype, clock, bytes_per_s, repeats):
-    """The forward with final states over sequences of unlike lengths in one call."""
-    generator = torch.Generator().manual_seed(num_seqs)
-    cuts = torch.randperm(tokens - 1, generator=generator)[: num_seqs - 1].sort().values + 1
-    edges = [0, *cuts.tolist(), tokens]
+def run_packed(
+    peer: peers.Peer, kind: str, h: int, num_seqs: int, tokens: int, d: int, dtype, clock, bytes_per_s, repeats
+) -> list[dict]:
+    """The forward with final states, and the backward of its outputs, over the sequences of one packed call."""
+    lengths = lengths_of(kind, num_seqs, tokens)
+    edges = [0, *itertools.accumulate(lengths)]
     cu_seqlens = torch.tensor(edges, dtype=torch.int32, device=clock.device)
-    q, k, v, _ = _inputs(1, h, tokens, d, d, dtype, clock.device)
+    q, k, v, grad_out = inputs = _inputs(1, h, tokens, d, d, dtype, clock.device)
     slope = slopes.minimax(h, 0, 80, device=clock.device)
     peer.prepare(slope)
-    own = [peer.lay_out(x) for x in (q, k, v)]
+    own = [peer.lay_out(x) for x in inputs]
+    leaves = [x.detach().requires_grad_() for x in own[:3]]
 
-    def call():
+    def forward():
         with torch.no_grad():
-            return peer.packed(*own, cu_seqlens)
+            return peer.packed(*own[:3], cu_seqlens)
 
-    out, state = call()
-    out = peer.head_major(out)
+    out, state = peer.packed(*leaves, cu_seqlens)
+
+    def backward():
+        return peer.backward(out, leaves, own[3])
+
+    results = dict(zip(("out", "dq", "dk", "dv"), map(peer.head_major, (out.detach(), *backward())), strict=True))
     margin = testing.MARGIN if isinstance(peer, peers.Ours) else gate.PEER_MARGIN
-    limits = gate.derived_bounds(q, k, v, slope, None, margin)
-    difference = size = 0.0
-    for a, b in zip(edges[:-1], edges[1:], strict=True):
-        want = gate.exact(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], slope)["out"]
-        difference += (out[:, :, a:b].double() - want).square().sum().item()
-        size += want.square().sum().item()
-    verdict = gate.Verdict({"out": (difference / size) ** 0.5}, limits)
-    milliseconds = clock.median(call, repeats) if verdict.passed else None
-    least = (floor.forward_bytes(q, v) + state.numel() * state.element_size()) / bytes_per_s * 1e3
-    if not verdict.passed:
-        print(f"WRONG RESULT, not timed: {peer.name} packed: {verdict}")
-    return {
-        "what": "packed forward",
-        "op": peer.name,
-        "ms": milliseconds,
-        "floor_ms": least,
-        "of_floor": least / milliseconds if milliseconds else None,
-        "errors": verdict.errors,
-        "bounds": verdict.bounds,
-        "passed": verdict.passed,
+    limits = gate.derived_bounds(q, k, v, slope, grad_out, margin)
+    difference, size = dict.fromkeys(results, 0.0), dict.fromkeys(results, 0.0)
+    for a, b in itertools.pairwise(edges):
+        want = gate.exact(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], slope, grad_out[:, :, a:b])
+        for name, exact in want.items():
+            difference[name] += (results[name][:, :, a:b].double() - exact).square().sum().item()
+            size[name] += exact.square().sum().item()
+    errors = {name: (difference[name] / size[name]) ** 0.5 for name in results}
+    del results
+    moved = {
+        "forward": floor.forward_bytes(q, v) + state.numel() * state.element_size(),
+        "backward": floor.backward_bytes(q, v),
     }
+    rows = []
+    for what, call in (("forward", forward), ("backward", backward)):
+        names = ["out"] if what == "forward" else ["dq", "dk", "dv"]
+        verdict = gate.Verdict({n: errors[n] for n in names}, {n: limits[n] for n in names})
+        milliseconds = clock.median(call, repeats) if verdict.passed else None
+        least = moved[what] / bytes_per_s * 1e3
+        row = {"what": what, "op": peer.name, "ms": milliseconds, "floor_ms": least}
+        row |= {"of_floor": least / milliseconds if milliseconds else None}
+        row |= {"errors": verdict.errors, "bounds": verdict.bounds, "passed": verdict.passed}
+        rows.append(row)
+        if not verdict.passed:
+            print(f"WRONG RESULT, not timed: {peer.name} packed {what}: {verdict}")
+    return rows
 
 
 def tables(results: list[dict]) -> str:
@@ -211,6 +224,7 @@ def _draw(path: pathlib.Path | None, results: list[dict], facts: dict) -> int:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m lightning_attn2_ext bench ops", description=__doc__)
     parser.add_argument("--shapes", nargs="+", type=_shape, metavar="B,H,N[,D[,E]]", help="instead of the usual ones")
+    parser.add_argument("--packed", action="store_true", help="only the packed calls, beside what --shapes names")
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--only", nargs="+", metavar="OP", help="only operators whose name contains one of these")
@@ -255,7 +269,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"skipped: {peer.name}: {reason}")
         else:
             entries.append(peer)
-    shapes = arguments.shapes or (QUICK_SHAPES if arguments.quick else SHAPES)
+    shapes = arguments.shapes or (() if arguments.packed else QUICK_SHAPES if arguments.quick else SHAPES)
     results: list[dict] = []
     for shape in shapes:
         b, h, n, d, e = (*shape, *((128, 128) if len(shape) == 3 else (shape[-1],) if len(shape) == 4 else ()))
@@ -286,23 +300,24 @@ def main(argv: list[str] | None = None) -> int:
         print(tables([r for r in results if r["shape"] == label]), flush=True)
         if arguments.json:  # a run that is cut off leaves what it has
             report.write_json(arguments.json, "ops", facts, results)
-    if not arguments.shapes:
+    if arguments.packed or not arguments.shapes:
         packed = ((8, 5, 2048),) if arguments.quick else PACKED
-        for h, num_seqs, tokens in packed:
-            label = f"{num_seqs} seqs, {tokens}, H {h}"
+        for (h, num_seqs, tokens), kind in itertools.product(packed, KINDS):
+            label = f"{num_seqs} seqs, {tokens}, H {h}, {kind}"
             for peer in entries:
                 if not peer.has_packed:
                     continue
+                sizes = (kind, h, num_seqs, tokens, 128)
                 try:
-                    found = run_packed(peer, h, num_seqs, tokens, 128, dtype, clock, bytes_per_s, arguments.repeats)
+                    found = run_packed(peer, *sizes, dtype, clock, bytes_per_s, arguments.repeats)
                 except Exception as error:
                     torch.cuda.synchronize(device)
                     message = f"{type(error).__name__}: {error}".splitlines()[0]
                     print(f"failed: {peer.name}: packed: {message}")
                     passed = not isinstance(peer, peers.Ours)
-                    found = {"what": "packed forward", "op": peer.name, "passed": passed, "skipped": "failed"}
-                    found["error"] = message
-                results.append({"shape": label, **found})
+                    failed = {"op": peer.name, "passed": passed, "skipped": "failed", "error": message}
+                    found = [{"what": what, **failed} for what in ("forward", "backward")]
+                results += [{"shape": label, **row} for row in found]
     print("\n" + tables(results))
     if arguments.json:
         report.write_json(arguments.json, "ops", facts, results)

@@ -29,7 +29,7 @@ from transformers.monkey_patching import get_patch_mapping, register_patch_mappi
 from .. import slopes
 from ..nn.padded import forward_padded
 
-__all__ = ["LightningMiniMaxAttention", "is_patched", "patch", "unpatch"]
+__all__ = ["LightningMiniMaxAttention", "adopt_cache", "is_patched", "patch", "unpatch"]
 
 _TARGET = MiniMaxLightningAttention.__name__
 _SLOPES = ("hf_minimax", "minimax", "buffer")
@@ -112,9 +112,16 @@ class LightningMiniMaxAttention(MiniMaxLightningAttention):
         return out, state
 
 
-def _cached_state(cache: MiniMaxCache, layer_idx: int) -> Tensor | None:
+def adopt_cache(cache: MiniMaxCache) -> MiniMaxCache:
+    """Makes a cache move its states with the beams and know its length (above). A patched layer does it to a cache that
+    it meets; before a layer that is compiled by itself meets one, call it: a compiler cannot change an object's class."""
     if type(cache) is MiniMaxCache:
         cache.__class__ = _Cache
+    return cache
+
+
+def _cached_state(cache: MiniMaxCache, layer_idx: int) -> Tensor | None:
+    adopt_cache(cache)
     state = cache.linear_cache[layer_idx] if layer_idx < len(cache.linear_cache) else None
     return state if isinstance(state, Tensor) else None
 
