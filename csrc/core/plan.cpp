@@ -136,8 +136,10 @@ Status parse_forced(const std::string& text, Forced* forced) {
       if (Status s = parse_number("LA2_PLAN: cluster", value, &forced->cluster); !s.is_ok()) return s;
       if (forced->cluster != 1 && forced->cluster != 2 && forced->cluster != 4)
         return Status::error("LA2_PLAN: cluster is '" + value + "', expected 1, 2 or 4");
+    } else if (key == "blocks") {
+      if (Status s = parse_number("LA2_PLAN: blocks", value, &forced->blocks); !s.is_ok()) return s;
     } else {
-      return Status::error("LA2_PLAN: unknown key '" + key + "', expected family, slice, segments or cluster");
+      return Status::error("LA2_PLAN: unknown key '" + key + "', expected family, slice, segments, cluster or blocks");
     }
   }
   return Status::ok();

@@ -57,8 +57,8 @@ struct Plan {
 };
 
 // Fails with a sentence where no kernel serves the problem. `forced` is the value of LA2_PLAN: a comma-separated list
-// of key=value out of family=simt|sm80|sm90, slice=64|128, segments=N, cluster=1|2|4 (sm90);
-// empty: free choice.
+// of key=value out of family=simt|sm80|sm90, slice=64|128, segments=N; sm90: cluster=1|2|4, blocks=N for each that is
+// resident, which take turns; empty: free choice.
 Status make_plan(const Problem& problem, const DeviceProps& device, const std::string& forced, Plan* plan);
 
 // One line for people: the problem, the device, the plan.

@@ -27,6 +27,7 @@ constexpr double kFirstUs = 6.0;                   // launch, first copies, last
 constexpr double kNextUs = 2.0;                    // of one more kernel, which overlaps the one before
 constexpr double kCombineUs = 6.0;
 constexpr int kBytes = 2;
+constexpr int64_t kMostTurns = 1000;  // blocks of a launch for each that is resident
 
 const Sm90Cost* find(int tile_a, int slice) {
   for (const Sm90Cost& cost : kTrilinear)
@@ -44,6 +45,11 @@ int cluster_for(int64_t slices, const Forced& forced) {
 // Blocks that are resident at once. An SM holds one; of clusters of 4, 30 fit into the 132 SMs of an H100 or H200.
 int64_t resident_blocks(const DeviceProps& device, int cluster) {
   return cluster < 4 ? device.num_sms / cluster * cluster : device.num_sms * 10 / 11 / cluster * cluster;
+}
+
+int64_t most_blocks(const Problem& p, const DeviceProps& device, int cluster, const Forced& forced) {
+  if (forced.blocks != 0) return std::min(forced.blocks, kMostTurns) * resident_blocks(device, cluster);
+  return p.packed ? 0 : resident_blocks(device, cluster);
 }
 
 // Of the state pass's chunks, the share that decay leaves something of: not known to the host, 1 without decay, little
@@ -144,7 +150,7 @@ Status plan_sm90(const Problem& p, const DeviceProps& device, const Forced& forc
         const int cluster = cluster_for(slices, forced);
         candidate.tiles[launch] = {cost->tile_a, wanted_slice, kChunk};
         candidate.clusters[launch] = cluster;
-        candidate.max_blocks[launch] = p.packed ? 0 : resident_blocks(device, cluster);
+        candidate.max_blocks[launch] = most_blocks(p, device, cluster, forced);
         candidate.num_launches = launch + 1;
         const double bytes = rows * jobs * 2 * static_cast<double>(dim_a + dim_c);
         us += mean_us(walks, [&](const Walk& walk) {
@@ -160,7 +166,7 @@ Status plan_sm90(const Problem& p, const DeviceProps& device, const Forced& forc
         if (slice == 128 && p.dim_k <= 64) continue;
         candidate.is_fused = true;
         candidate.tiles[0] = {tile_a_for(p.dim_v), tile_a_for(p.dim_k), kChunk};  // of dk
-        candidate.max_blocks[0] = p.packed ? 0 : resident_blocks(device, 1);
+        candidate.max_blocks[0] = most_blocks(p, device, 1, forced);
         us += kNextUs + mean_us(walks, [&](const Walk& walk) {
                 return launch_us(device, walk, 1, 1, 1, pair_us, rows * 3 * static_cast<double>(p.dim_k + p.dim_v));
               });

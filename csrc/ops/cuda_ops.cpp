@@ -444,7 +444,7 @@ Tensor extend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& s
   attention.sizes.num_seqs = most_requests;
   plan.num_units = most_requests + p.tokens / plan.segment_len;
   const bool is_cut = plan.num_segments > 1, is_sm90 = plan.family == Family::kSm90;
-  if (is_sm90) {
+  if (is_sm90 && plan.max_blocks[0] == 0) {
     // How many units there are the host does not know: blocks that take turns at them make the absent ones cheap,
     // several to an SM even out unlike lengths, which few tokens do not have.
     const int64_t blocks_per_sm = p.tokens < 2 * kLikelyTokens ? 1 : 8;

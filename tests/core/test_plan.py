@@ -137,7 +137,7 @@ def test_any_problem_text_is_a_problem_or_a_sentence(core, text):
         ("slice=96", "with slice 96"),
         ("cluster=3", "LA2_PLAN: cluster is '3', expected 1, 2 or 4"),
         ("segments=0", "LA2_PLAN: segments is '0', expected a positive whole number"),
-        ("chunk=64", "LA2_PLAN: unknown key 'chunk', expected family, slice, segments or cluster"),
+        ("chunk=64", "LA2_PLAN: unknown key 'chunk', expected family, slice, segments, cluster or blocks"),
     ],
 )
 def test_forced_plans_that_cannot_be(core, forced, sentence):

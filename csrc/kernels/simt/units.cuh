@@ -100,6 +100,21 @@ __device__ inline Unit find_unit(const TrilinearParams& params, int64_t unit_idx
   return {};
 }
 
+// The first unit of a sequence (dense: of a batch row); unit_idx: its number. Called by whole warps.
+__device__ inline Unit first_unit_of(const TrilinearParams& params, int64_t sequence, int64_t* unit_idx) {
+  const Sizes& sizes = params.sizes;
+  if (params.cu_seqlens.data == nullptr) {
+    *unit_idx = sequence * segments_of(sizes.length, params.segment_len);
+    return unit_of(sizes, sequence, sequence, {0, sizes.length}, 0, params.segment_len);
+  }
+  int64_t before = 0;
+  for (int64_t other = threadIdx.x & 31; other < sequence; other += 32)
+    before += segments_of(sequence_rows(params.cu_seqlens, other, sizes.length).length, params.segment_len);
+  for (int distance = 16; distance > 0; distance /= 2) before += __shfl_xor_sync(0xffffffffu, before, distance);
+  *unit_idx = before;
+  return unit_of(sizes, sequence, 0, sequence_rows(params.cu_seqlens, sequence, sizes.length), 0, params.segment_len);
+}
+
 // T: the accumulation dtype.
 template <class T>
 __device__ inline T slope_of(const TrilinearParams& params, int64_t sequence, int64_t head) {

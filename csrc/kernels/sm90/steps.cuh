@@ -49,13 +49,9 @@ struct Weights {
   }
 };
 
-// Steeper ones have nearly all of their weight in the 16x16 blocks on the diagonal of the scores, whose rounding is
-// then as large an error as the result's own. At it, six tenths of the squared weight lie between neighbours, and the
-// error of a head without the rest of the diagonal is within 2.4e-3 (../DESIGN.md).
-constexpr float kSteepSlope = 0.5f;
-
 // The scores under the mask M_ij = lambda^|i-j| (causal side), times intra, as A operand. kSplit: `diagonal` [4] is
-// what the rounding left of the warp's own 16x16 block on the diagonal.
+// what the rounding left of the warp's own 16x16 block on the diagonal, where steep slopes have nearly all of their
+// weight.
 template <class T, bool kSplit>
 __device__ __forceinline__ void mask_scores(uint32_t (&masked)[kChunk / 16][4], uint32_t* diagonal,
                                             const Accumulators<kChunk / 2>& p, const Weights& weights,
@@ -96,18 +92,18 @@ __device__ __forceinline__ void issue_intra(Accumulators<Tile::kCols / 2>& out,
   ptx::wgmma_commit();
 }
 
-// out [16 rows of this warp, kCols] += diagonal c, where `wanted`.
+// out [16 rows of this warp, kCols] += diagonal c.
 template <class T, class Tile>
-__device__ __forceinline__ void add_diagonal(bool wanted, Accumulators<Tile::kCols / 2>& out,
-                                             const uint32_t (&diagonal)[4], const Tile& c_tile) {
+__device__ __forceinline__ void add_diagonal(Accumulators<Tile::kCols / 2>& out, const uint32_t (&diagonal)[4],
+                                             const Tile& c_tile) {
   const int thread = ptx::opaque(threadIdx.x % 128);  // anew each time: the loop has no registers to keep it
   const auto values = tile::swizzled_rows_first<Tile>(shared_address(&c_tile), thread / 32 * 16, 0, thread % 32);
 #pragma unroll
   for (int g = 0; g < Tile::kCols / 16; ++g) {
     uint32_t c[4];
     ptx::ldmatrix_x4_trans(c, values.at(0, 2 * g));
-    ptx::mma_if<T>(wanted, *reinterpret_cast<float (*)[4]>(&out[8 * g]), diagonal, c[0], c[1]);
-    ptx::mma_if<T>(wanted, *reinterpret_cast<float (*)[4]>(&out[8 * g + 4]), diagonal, c[2], c[3]);
+    ptx::mma<T>(*reinterpret_cast<float (*)[4]>(&out[8 * g]), diagonal, c[0], c[1]);
+    ptx::mma<T>(*reinterpret_cast<float (*)[4]>(&out[8 * g + 4]), diagonal, c[2], c[3]);
   }
 }
 

@@ -268,9 +268,8 @@ __device__ __forceinline__ void write_both_outputs(SharedStorage<Cfg>& smem, con
     if (!item.is_valid) break;
     if (item.num_chunks == 0) continue;
     ptx::named_barrier_sync(kOutputWarps, 128);  // nobody reads the last item's powers any more
-    const float slope = simt::slope_of<float>(p, item.sequence, item.head);
-    const bool is_steep = ptx::uniform(slope > kSteepSlope);
-    smem.weights.fill(slope, inter, intra, reverse, threadIdx.x % 128, 128);
+    smem.weights.fill(simt::slope_of<float>(p, item.sequence, item.head), inter, intra, reverse, threadIdx.x % 128,
+                      128);
     ptx::named_barrier_sync(kOutputWarps, 128);
 
     uint32_t masked[kChunk / 16][4], second_masked[kChunk / 16][4], diagonal[4], second_diagonal[4];
@@ -306,7 +305,7 @@ __device__ __forceinline__ void write_both_outputs(SharedStorage<Cfg>& smem, con
       ptx::wgmma_wait<1>();
       ptx::pin_registers(out);
       scale_rows(out, upper, lower);
-      add_diagonal<T>(is_steep, out, diagonal, stage.c);
+      add_diagonal<T>(out, diagonal, stage.c);
       issue_intra<T>(out, masked, stage.c);
       ptx::wgmma_wait<1>();
       ptx::pin_registers(second_out);
@@ -329,7 +328,7 @@ __device__ __forceinline__ void write_both_outputs(SharedStorage<Cfg>& smem, con
       store_out<T>(smem.out, out, maps[0].out, first, item, chunk, is_packed, me);
       ptx::wgmma_wait<1>();
       ptx::pin_registers(second_out);
-      add_diagonal<T>(is_steep, second_out, second_diagonal, stage.b);
+      add_diagonal<T>(second_out, second_diagonal, stage.b);
       if (has_next) release_stage(smem.empty[stage_idx], schedule.cluster, me.lane);
       Accumulators<kChunk / 2> second_scores;
       issue_scores<T>(second_scores, next.second_a[0], next.c);

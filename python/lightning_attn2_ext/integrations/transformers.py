@@ -113,8 +113,9 @@ class LightningMiniMaxAttention(MiniMaxLightningAttention):
 
 
 def adopt_cache(cache: MiniMaxCache) -> MiniMaxCache:
-    """Makes a cache move its states with the beams and know its length (above). A patched layer does it to a cache that
-    it meets; before a layer that is compiled by itself meets one, call it: a compiler cannot change an object's class."""
+    """Makes a cache move its states with the beams and know its length (above), and returns it. A patched layer does it
+    to a cache that it meets; call it before a layer that is compiled by itself meets one: a compiler cannot change an
+    object's class."""
     if type(cache) is MiniMaxCache:
         cache.__class__ = _Cache
     return cache
