@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import datetime
+import functools
 import importlib.metadata
 import json
 import os
@@ -176,6 +177,16 @@ def judge_tool(tool: str, status: int, text: str) -> dict:
     return {"ok": is_good, "exit_status": status} | counted | {"tests": tests}
 
 
+def joined(one: dict, two: dict) -> dict:
+    """A tool's results over two files of tests as one."""
+    counts = {}
+    for kind in ("errors", "warnings"):
+        counts[kind] = None if None in (one[kind], two[kind]) else one[kind] + two[kind]
+    tests = {kind: one["tests"][kind] + two["tests"][kind] for kind in one["tests"]}
+    both = {"ok": one["ok"] and two["ok"], "exit_status": max(one["exit_status"], two["exit_status"])}
+    return both | counts | {"tests": tests, "seconds": max(one["seconds"], two["seconds"])}
+
+
 def run_bench() -> dict:
     status, text, seconds = run([sys.executable, "-m", "lightning_attn2_ext", "bench"])
     return {"ok": status == 0, "exit_status": status, "seconds": round(seconds, 1), "output": text}
@@ -315,15 +326,24 @@ def main(argv: list[str] | None = None) -> int:
         record["missing"], tools = "compute-sanitizer is not on PATH", ()
     # With --jobs the tools and the suite run side by side: the tools take the GPU in turns and need little of it. After
     # every part: a run that is cut off leaves what it has.
-    with concurrent.futures.ThreadPoolExecutor(1 if arguments.jobs == 1 else 1 + len(TOOLS)) as pool:
-        running = {}
+    most = 1 + len(TOOLS) * len(arguments.paths or SANITIZED)
+    with concurrent.futures.ThreadPoolExecutor(1 if arguments.jobs == 1 else most) as pool:
+        running, done_parts = {}, {}
         if "suite" in wants:
             running[pool.submit(run_suite, arguments.paths or SUITE, arguments.jobs)] = "suite"
         for tool in tools:
-            running[pool.submit(run_tool, tool, sanitizer, arguments.paths or SANITIZED)] = tool
+            for path in arguments.paths or SANITIZED:
+                running[pool.submit(run_tool, tool, sanitizer, [path])] = tool
         for done in concurrent.futures.as_completed(running):
             name = running[done]
-            (record if name == "suite" else record.setdefault("sanitizer", {}))[name] = done.result()
+            if name == "suite":
+                record[name] = done.result()
+            else:
+                parts = done_parts.setdefault(name, [])
+                parts.append(done.result())
+                if len(parts) < len(arguments.paths or SANITIZED):
+                    continue
+                record.setdefault("sanitizer", {})[name] = functools.reduce(joined, parts)
             write()
     if "abuse" in wants:
         record["abuse"] = run_abuse(arguments.jobs, int(os.environ.get("LA2_EXAMPLES", "5000")))

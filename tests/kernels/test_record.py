@@ -118,6 +118,14 @@ def test_table():
     assert record.is_good(good) and not record.is_good(good | {"missing": "x"}) and not record.is_good({})
 
 
+def test_two_files_of_a_tool_are_one_result():
+    good = record.judge_tool("memcheck", 0, CLEAN) | {"seconds": 3.0}
+    both = record.joined(good, good | {"seconds": 5.0})
+    assert both["ok"] and both["tests"]["passed"] == 146 and (both["errors"], both["seconds"]) == (0, 5.0)
+    bad = record.judge_tool("memcheck", 1, "killed") | {"seconds": 1.0}
+    assert not record.joined(good, bad)["ok"] and record.joined(bad, good)["errors"] is None
+
+
 def test_commit_can_be_given(monkeypatch):
     monkeypatch.setenv("LA2_COMMIT", "0123abc")
     assert record.commit() == "0123abc"
