@@ -139,8 +139,8 @@ __device__ __forceinline__ void clear_tail(TileB& b, TileC& c, int rows, uint32_
   parity ^= 1;
   if (lane != 0) return;
   ptx::mbarrier_arrive_expect(full, (TileB::kBlocks + TileC::kBlocks) * (kChunk - rows) * 128);
-  clear_rows<TileB>(shared_address(&b), rows, full);
   clear_rows<TileC>(shared_address(&c), rows, full);
+  clear_rows<TileB>(shared_address(&b), rows, full);
 }
 
 // Bytes of a row-strided matrix's 16 rows of this warp from their place in `tile`, rows < `rows` and columns < `cols`.
