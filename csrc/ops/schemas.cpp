@@ -1,5 +1,5 @@
 // Every operator's schema, in one place. csrc/ops/{cpu,cuda}_ops.cpp implement them; fake kernels, autograd and
-// vmap are registered by python/lightning_attn2_ext/_ops.py.
+// vmap are registered by python/lightning_attn2_ext/_ops.py, _pool_ops.py and _vmap.py.
 #include "stable.h"
 
 // Shapes: q, k [B, H, N, D]; v, out [B, H, N, E]; slope [H] or [num_seqs, H]; states [num_seqs, H, D, E];

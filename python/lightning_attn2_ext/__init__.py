@@ -7,7 +7,7 @@ below are imported on first use, which keeps the import short.
 from importlib import import_module as _import_module
 from typing import TYPE_CHECKING
 
-from . import _autocast, _load, _ops  # noqa: F401 - _load defines the operators, the others add their Python side
+from . import _autocast, _load, _ops, _pool_ops, _vmap  # noqa: F401 - _load defines operators, the others add to them
 
 if TYPE_CHECKING:
     from .functional import commit, extend, lightning_attention, lightning_attention_decode, verify

@@ -1,5 +1,6 @@
 """Ten thousand iterations hold no more memory at the end than at the start."""
 
+import ctypes
 import os
 from pathlib import Path
 
@@ -21,15 +22,32 @@ def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
 
 
+class _MallInfo(ctypes.Structure):
+    """struct mallinfo2 of <malloc.h>, glibc 2.33 and later."""
+
+    _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks".split()]
+    _fields_ += [(name, ctypes.c_size_t) for name in "uordblks fordblks keepcost".split()]
+
+
+def heap():
+    """[meter] of what malloc has given out: pages that it has kept from before do not hide a leak from it."""
+    try:
+        mallinfo2 = ctypes.CDLL(None).mallinfo2
+    except (OSError, AttributeError):
+        return []
+    mallinfo2.restype = _MallInfo
+    info = mallinfo2()
+    return [("heap", info.uordblks + info.hblkhd, RSS_SLACK)]
+
+
 def held(device):
     """(name, bytes, slack) of each meter."""
     if device == "cpu":
-        return [("resident", resident(), RSS_SLACK)]
+        return [*heap(), ("resident", resident(), 4 * RSS_SLACK if heap() else RSS_SLACK)]
     torch.cuda.synchronize()
-    free, total = (
-        torch.cuda.mem_get_info()
-    )  # the driver's view, as nvidia-smi shows it: also what no allocator knows of
+    free, total = torch.cuda.mem_get_info()  # as nvidia-smi shows it: also what no allocator knows of
     return [
+        *heap(),
         ("allocated", torch.cuda.memory_allocated(), 0),
         ("reserved", torch.cuda.memory_reserved(), 0),
         ("used on the device", total - free, 0),
