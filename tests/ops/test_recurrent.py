@@ -229,6 +229,28 @@ def test_twice_gives_the_same(device):
         assert torch.equal(bits(one), bits(two))
 
 
+@pytest.mark.parametrize("dtype", (FP32, BF16))
+@pytest.mark.parametrize("pool", ("kv", "vk"))
+@pytest.mark.parametrize("dims", ((40, 72), (72, 24), (104, 40), (128, 64), (64, 128)))
+def test_many_rows_are_as_few_at_a_time(device, dtype, pool, dims):
+    """Many states are cut into larger parts than few (simt/with_state_part.cuh), also where those do not divide D."""
+    count, few = 300, 50
+    x = Problem(device, 3, dtype=dtype, pool=pool, dims=dims, slots=tuple(range(count)), heads=4, num_slots=count)
+    accepted = [row % 4 for row in range(count)]
+    whole, parts = x.copy(), x.copy()
+    out, step = x.verify(whole), x.decode(whole, 0)
+    x.commit(whole, accepted)
+    for first in range(0, count, few):
+        rows = slice(first, first + few)
+        q, k, v, slots = x.q[rows], x.k[rows], x.v[rows], x.index(range(first, first + few))
+        options = {"state_indices": slots}
+        assert torch.equal(la2.verify(q, k, v, parts, x.slope, **options, scale=x.scale), out[rows])
+        token = (t[:, 0] for t in (q, k, v))
+        assert torch.equal(la2.decode(*token, parts, x.slope, **options, scale=x.scale), step[rows])
+        la2.commit(k, v, parts, x.index(accepted[rows]), x.slope, **options)
+    assert torch.equal(bits(whole), bits(parts))
+
+
 # ---- padding
 
 

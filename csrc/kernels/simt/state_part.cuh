@@ -234,13 +234,17 @@ class ColumnsPart {
   static_assert(kRows % 8 == 0 && kThreads % 32 == 0);
 
   struct Token {
-    Pack<T, kRows> q, k;
+    Pack<T, 8> q[kRows / 8], k[kRows / 8];  // zero where there are no rows
     Pack<T, kVec> v;
     // Rows of a token; v from the slice's first column on; q == nullptr: no outputs.
     __device__ __forceinline__ void load(const ColumnsPart& part, const T* gQ, const T* gK, const T* gV) {
       if (!part.is_inside_) return;
-      if (gQ != nullptr) load_elements(q, gQ + part.dim_);
-      load_elements(k, gK + part.dim_);
+#pragma unroll
+      for (int run = 0; run < kRows / 8; ++run) {
+        if (!part.has_run(run)) continue;
+        if (gQ != nullptr) load_elements(q[run], gQ + part.dim_ + 8 * run);
+        load_elements(k[run], gK + part.dim_ + 8 * run);
+      }
       load_elements(v, gV + part.col_);
     }
   };
@@ -270,7 +274,7 @@ class ColumnsPart {
     Acc runs[kRows / 8][kVec] = {};
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      const Acc q = token.q[i], k = token.k[i];
+      const Acc q = token.q[i / 8][i % 8], k = token.k[i / 8][i % 8];
 #pragma unroll
       for (int e = 0; e < kVec; ++e) {
         s_[i][e] = update(s_[i][e], decay, k, token.v[e]);
@@ -291,13 +295,14 @@ class ColumnsPart {
   }
 
  private:
-  // Dims are multiples of 8: so many rows of a thread exist or none.
+  // Of a thread that is inside: dims are multiples of 8, so a run is there or not.
+  __device__ __forceinline__ bool has_run(int run) const { return run == 0 || 8 * run < rows_; }
   template <class Body>
   __device__ __forceinline__ void for_each_row(const Body& body) const {
     if (!is_inside_) return;
 #pragma unroll
     for (int i = 0; i < kRows; ++i)
-      if (i < 8 || i / 8 * 8 < rows_) body(i);
+      if (has_run(i / 8)) body(i);
   }
 
   int dim_, col_, rows_;
