@@ -4,6 +4,7 @@
 // all.
 #include <algorithm>
 #include <memory>
+#include <numeric>
 
 #include "fuzz.h"
 #include "kernels/cpu/kernels.h"
@@ -83,6 +84,17 @@ class Block {
       else
         check(kept, "nothing between the elements of a result is written");
     }
+  }
+
+  std::vector<uint8_t> contents() const { return {data_.get(), data_.get() + bytes_}; }
+
+  // Nothing has changed but at these first indices.
+  void check_kept(const std::vector<uint8_t>& before, const std::vector<int64_t>& written) const {
+    std::vector<bool> may_change(static_cast<size_t>(bytes_ / width_), false);
+    for (const int64_t i : written) mark(may_change, 1, i * strides_[0]);
+    for (size_t i = 0; i < before.size(); ++i)
+      check(may_change[i / static_cast<size_t>(width_)] || data_[i] == before[i],
+            "nothing but what was named is written");
   }
 
  private:
@@ -195,15 +207,82 @@ void recurrent(Bytes& in, DType dtype, double scale) {
   if (has_out) out.check_written();
 }
 
+// Requests of any length, from slot to slot, with snapshots; padding, rows behind the last request, pools of either
+// dtype.
+void extend(Bytes& in, DType dtype, double scale) {
+  ExtendParams p{};
+  p.dtype = dtype, p.scale = scale;
+  p.requests = in.below(5), p.heads = in.below(4), p.dim_k = dim(in), p.dim_v = dim(in);
+  std::vector<int64_t> ends{0}, snapshot_ends{0}, snapshot_tokens;
+  for (int64_t r = 0; r < p.requests; ++r) {
+    const int64_t length = in.below(3) ? in.below(in.flag() ? 3 : 70) : 0, count = in.below(4) ? 0 : in.below(3);
+    ends.push_back(ends.back() + length);
+    snapshot_ends.push_back(snapshot_ends.back() + count);
+    for (int64_t m = 0; m < count; ++m) snapshot_tokens.push_back(in.below(length + 1));
+  }
+  p.tokens = ends.back() + in.below(4);
+  p.snapshots = static_cast<int64_t>(snapshot_tokens.size());
+  p.slots = 2 * p.requests + p.snapshots + in.below(3);
+  // All slots in some order: those that are written, those of snapshots, those that are read from elsewhere.
+  std::vector<int64_t> order(static_cast<size_t>(p.slots));
+  std::iota(order.begin(), order.end(), 0);
+  for (size_t i = 1; i < order.size(); ++i)
+    std::swap(order[i], order[static_cast<size_t>(in.below(static_cast<int64_t>(i) + 1))]);
+  const bool has_writes = in.flag();
+  std::vector<int64_t> reads, writes, snapshots, written;
+  const std::unique_ptr<bool[]> known(new bool[static_cast<size_t>(p.requests)]);
+  for (int64_t r = 0; r < p.requests; ++r) {
+    const int64_t own = in.below(5) ? order[static_cast<size_t>(r)] : -1;
+    const int64_t other = order[static_cast<size_t>(p.requests + p.snapshots + in.below(p.requests))];
+    writes.push_back(own);
+    reads.push_back(!has_writes || in.flag() ? own : in.below(5) ? other : -1);
+    known[static_cast<size_t>(r)] = in.below(4) != 0;
+    if (own >= 0) written.push_back(own);
+  }
+  for (int64_t m = 0; m < p.snapshots; ++m) {
+    snapshots.push_back(in.below(5) ? order[static_cast<size_t>(p.requests + m)] : -1);
+    if (snapshots.back() >= 0) written.push_back(snapshots.back());
+  }
+  const bool is_bf16 = dtype != DType::kFloat64 && in.flag();
+  const std::vector<int64_t> keys{p.tokens, p.heads, p.dim_k}, values{p.tokens, p.heads, p.dim_v};
+  Block q(in, dtype, keys, 1, false), k(in, dtype, keys, 1, false), v(in, dtype, values, 1, false),
+      out(in, dtype, values, 1, true),
+      state(in, is_bf16 ? DType::kBFloat16 : accumulation(dtype), {p.slots, p.heads, p.dim_k, p.dim_v}, 0, false);
+  SlopeBlock slope(in, accumulation(dtype), p.requests, p.heads);
+  const Integers cu(ends, in.flag()), read_slots(reads, in.flag()), write_slots(writes, in.flag()),
+      offsets(snapshot_ends, in.flag()), tokens(snapshot_tokens, in.flag()), slots(snapshots, in.flag());
+  auto rows = [](Block& b) { return Rows{b.data(), 0, b.stride(1), b.stride(0)}; };
+  p.q = rows(q), p.k = rows(k), p.v = rows(v), p.out = {out.data(), 0, out.stride(1), out.stride(0)};
+  p.state = state.mutable_state();
+  p.state.is_bf16 = is_bf16;
+  p.slope = slope.slopes;
+  p.cu_seqlens = {cu.data.get(), cu.is_int64};
+  p.read_slots = {read_slots.data.get(), read_slots.is_int64};
+  if (has_writes) p.write_slots = {write_slots.data.get(), write_slots.is_int64};
+  if (in.flag()) p.has_initial_state = known.get();
+  if (p.snapshots > 0) {
+    p.snapshot_offsets = {offsets.data.get(), offsets.is_int64};
+    p.snapshot_tokens = {tokens.data.get(), tokens.is_int64};
+    p.snapshot_slots = {slots.data.get(), slots.is_int64};
+  }
+  const std::vector<uint8_t> before = state.contents();
+  check(cpu::kernels_baseline.extend(p, threads(in)), "memory for the scratch");
+  if (p.heads > 0) out.check_written();
+  state.check_kept(before, written);
+}
+
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   Bytes in(data, size);
   const DType dtype = static_cast<DType>(in.below(4)), acc = accumulation(dtype);
   const double scale = in.flag() ? 1.0 : -0.7;
-  const int64_t kind = in.below(3);
-  if (kind == 2) {
-    recurrent(in, dtype, scale);
+  const int64_t kind = in.below(4);
+  if (kind >= 2) {
+    if (kind == 2)
+      recurrent(in, dtype, scale);
+    else
+      extend(in, dtype, scale);
     return 0;
   }
   const bool packed = in.flag();
