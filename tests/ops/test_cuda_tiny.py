@@ -108,7 +108,7 @@ def test_tiny_decode(dtype, dims, state_layout):
 @pytest.mark.parametrize("state_layout", ("kv", "vk"))
 @pytest.mark.parametrize("dims", ((40, 24), (128, 72)), ids=plan_id)
 def test_tiny_steps_of_many_rows(dims, state_layout):
-    """So many states are cut into larger parts (simt/with_state_part.cuh), here not to the end of D. Against the CPU."""
+    """So many states are cut into larger parts (simt/with_state_part.cuh), here past the end of D. Against the CPU."""
     rows = 1030
     case = Case(
         heads=1, batch=rows, length=2, key_dim=dims[0], value_dim=dims[1], dtype=FP32, state_layout=state_layout
