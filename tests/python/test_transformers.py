@@ -225,6 +225,21 @@ def test_unpatch_a_model(original):
 
 
 @torch.no_grad()
+def test_a_cache_by_any_name(patched):
+    """transformers 5.24 renamed it; under a third name it would be left out and the result would look right."""
+    layer = lightning_layers(patched)[0]
+    x = torch.randn(2, 9, 64, generator=torch.Generator().manual_seed(3)).to(patched.device)
+    first, second = x.split((5, 4), 1)
+    whole = layer(x)[0][:, 5:]
+    for name in ("cache", "past_key_values"):
+        caches = {name: MiniMaxCache()}
+        layer(first, **caches)
+        assert (layer(second, **caches)[0] - whole).abs().max() <= LOGITS
+    with pytest.raises(TypeError, match="memory is a cache, expected it as cache or past_key_values"):
+        layer(first, memory=MiniMaxCache())
+
+
+@torch.no_grad()
 def test_a_patched_model_reads_the_cache_of_the_original():
     original = MiniMaxForCausalLM(config(layer_types=LAYOUTS["softmax first"])).eval()
     ids, cache = prompt(1, 40), MiniMaxCache()

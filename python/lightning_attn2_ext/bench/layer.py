@@ -65,7 +65,7 @@ def _call(layer: nn.Module, x: Tensor, state: Tensor | None, is_ours: bool = Fal
         from ..integrations import transformers as integration
 
         cache = integration.adopt_cache(cache)
-    return layer(x, None, None, past_key_values=cache)[0]
+    return layer(x, None, None, cache)[0]
 
 
 def measure(what: str, modules, x: Tensor, state: Tensor | None, clock, repeats: int) -> list[dict]:

@@ -14,7 +14,7 @@ What is different from the code that is replaced:
 - where the first layer keeps a state (as in MiniMax-Text-01), the cache knows its length; the original's says 0, from
   which tokens behind a cached prompt get the wrong positions and masks.
 
-Tested with transformers 5.23; `register_patch_mapping` came with 5.
+Tested with transformers 5.23 and 5.24; `register_patch_mapping` came with 5.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.cache_utils import Cache
 from transformers.models.minimax import modeling_minimax
 from transformers.models.minimax.modeling_minimax import MiniMaxCache, MiniMaxLightningAttention
 from transformers.monkey_patching import get_patch_mapping, register_patch_mapping, unregister_patch_mapping
@@ -80,19 +81,27 @@ class LightningMiniMaxAttention(MiniMaxLightningAttention):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         attention_mask: Tensor | None = None,
+        cache: MiniMaxCache | None = None,
         past_key_values: MiniMaxCache | None = None,
         **kwargs,
     ) -> tuple[Tensor, Tensor]:
         """As the original's: ``(output [B, N, hidden], state [B, H, D, D])``; position_embeddings are not used.
 
-        attention_mask is ``[B, N]`` (of these tokens alone) or None. With past_key_values the layer's state is read
-        from it and stored in it; a single token updates it in place.
+        attention_mask is ``[B, N]`` (of these tokens alone) or None. With a cache the layer's state is read from it and
+        stored in it; a single token updates it in place. Its name is past_key_values up to transformers 5.23.
+
+        Raises:
+            TypeError: on a cache under any other name, without which the result would be wrong and look right.
         """
+        for name, value in kwargs.items():
+            if isinstance(value, Cache):
+                raise TypeError(f"{type(self).__name__}: {name} is a cache, expected it as cache or past_key_values")
+        cache = past_key_values if cache is None else cache
         batch, length, _ = hidden_states.shape
         heads, dim = self.num_attention_heads, self.head_dim
         qkv = self.act_fn(self.qkv_proj(hidden_states))
         q, k, v = (t.transpose(1, 2) for t in qkv.view(batch, length, heads, 3 * dim).split(dim, -1))
-        state = None if past_key_values is None else _cached_state(past_key_values, self.layer_idx)
+        state = None if cache is None else _cached_state(cache, self.layer_idx)
         accumulation = torch.float64 if q.dtype == torch.float64 else torch.float32
         if state is not None:
             state = state.to(q.device, accumulation)  # float32 already, unless the original wrote it
@@ -107,8 +116,8 @@ class LightningMiniMaxAttention(MiniMaxLightningAttention):
         weight, eps = self.norm.weight, self.norm.variance_epsilon
         out = F.rms_norm(out.transpose(1, 2).flatten(2), weight.shape, weight.to(out.dtype), eps)
         out = self.out_proj(F.sigmoid(self.output_gate(hidden_states)) * out)
-        if past_key_values is not None:
-            past_key_values.set_linear_cache(self.layer_idx, state)
+        if cache is not None:
+            cache.set_linear_cache(self.layer_idx, state)
         return out, state
 
 
