@@ -152,6 +152,31 @@ def test_forced_plans_are_taken(core):
     assert plan.tiles[0].slice == 128 and plan.num_segments == 3
 
 
+def test_packed_items_have_a_block_each_unless_turns_are_forced(core):
+    device = core.device("sm_90x132")
+    for text, forced, most in (
+        ("1,8,4096,128,128,bf16,packed=20", "", 0),
+        ("1,8,4096,128,128,bf16,packed=20", "blocks=2", 264),
+        ("1,8,4096,128,128,bf16", "", 132),
+        ("1,8,4096,128,128,bf16", "blocks=99999999", 132_000),
+    ):
+        assert (
+            core.plan(core.problem(text), device, f"family=sm90,slice=128{',' * bool(forced)}{forced}").max_blocks[0]
+            == most
+        )
+
+
+def test_packed_plans_weigh_equal_lengths_and_one_long(core):
+    """Few heads: one sequence with half of the tokens is cut. Many: nothing is gained by it."""
+    device = core.device("sm_90x132")
+    assert core.plan(core.problem("1,8,16384,128,128,bf16,packed=20"), device).num_segments > 4
+    assert core.plan(core.problem("1,64,32768,128,128,bf16,packed=20"), device).num_segments == 1
+    assert (
+        core.plan(core.problem("1,64,4096,128,128,bf16,packed=1"), device).num_segments
+        == core.plan(core.problem("1,64,4096,128,128,bf16"), device).num_segments
+    )
+
+
 @pytest.mark.parametrize(
     "problem, device, sentence",
     [
