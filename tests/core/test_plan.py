@@ -167,14 +167,13 @@ def test_packed_items_have_a_block_each_unless_turns_are_forced(core):
 
 
 def test_packed_plans_weigh_equal_lengths_and_one_long(core):
-    """Few heads: one sequence with half of the tokens is cut. Many: nothing is gained by it."""
+    """Few heads: one sequence with half of the tokens is cut. Many: nothing is gained by it. One sequence: as dense."""
     device = core.device("sm_90x132")
     assert core.plan(core.problem("1,8,16384,128,128,bf16,packed=20"), device).num_segments > 4
     assert core.plan(core.problem("1,64,32768,128,128,bf16,packed=20"), device).num_segments == 1
-    assert (
-        core.plan(core.problem("1,64,4096,128,128,bf16,packed=1"), device).num_segments
-        == core.plan(core.problem("1,64,4096,128,128,bf16"), device).num_segments
-    )
+    for text in ("1,64,4096,128,128,bf16", "1,8,8192,128,128,bf16", "1,64,65536,128,128,bf16,backward"):
+        dense, packed = (core.plan(core.problem(t), device) for t in (text, text + ",packed=1"))
+        assert (dense.num_segments, dense.tiles[0].slice) == (packed.num_segments, packed.tiles[0].slice)
 
 
 @pytest.mark.parametrize(
