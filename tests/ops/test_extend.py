@@ -607,12 +607,13 @@ def test_does_not_wait_for_the_gpu():
 @pytest.mark.gpu
 @pytest.mark.parametrize("seed", range(2))
 def test_many_requests(seed):
-    """More than one block of the plan has threads for, of every kind."""
+    """More than one block of the plan has threads for, of every kind; so many states are cut into larger parts too."""
     generator = torch.Generator().manual_seed(seed)
     count = 1500
     lengths = torch.randint(0, 4, (count,), generator=generator).tolist()
     lengths[700] = 130
     slots = [(s, s) for s in torch.randperm(2 * count, generator=generator)[:count].tolist()]
     slots = [(-1, -1) if r % 11 == 0 else pair for r, pair in enumerate(slots)]
-    Problem("cuda", lengths, slots=slots, heads=1, dims=(16, 16), dtype=(FP32, BF16)[seed % 2], slope="usual",
+    dtype, dims, pool = ((FP32, (24, 16), "kv"), (BF16, (16, 24), "vk"))[seed]
+    Problem("cuda", lengths, slots=slots, heads=1, dims=dims, dtype=dtype, pool=pool, slope="usual",
             num_slots=2 * count, tail=50).run_and_check()  # fmt: skip
