@@ -69,15 +69,14 @@ struct Walk {
 Walk walk_of(const Problem& p, const Plan& plan, int64_t longest, int64_t num_long) {
   const int64_t tokens = std::max<int64_t>(p.length, 1), num_seqs = std::max<int64_t>(p.num_seqs, 1);
   const int64_t walked = std::min(plan.segment_len, longest);
-  const int64_t in_long = p.packed ? std::min(num_long * longest, tokens) : num_long * longest;
   Walk walk;
   walk.is_packed = p.packed && num_seqs > 1;  // one packed sequence is as good as a dense one
   walk.units = (p.packed ? num_seqs - num_long + num_long * ceil_div(longest, walked) : plan.num_units) * p.heads;
   walk.chunks = ceil_div(walked, kChunk);
   walk.all = walk.is_packed ? static_cast<double>((tokens / kChunk + num_seqs) * p.heads)
                             : static_cast<double>(walk.units * walk.chunks);
-  walk.cut_share = (1.0 - static_cast<double>(walked) / static_cast<double>(longest)) * static_cast<double>(in_long) /
-                   static_cast<double>(p.packed ? tokens : in_long);
+  const double in_long = p.packed ? static_cast<double>(num_long * longest) / static_cast<double>(tokens) : 1.0;
+  walk.cut_share = (1.0 - static_cast<double>(walked) / static_cast<double>(longest)) * std::min(in_long, 1.0);
   return walk;
 }
 

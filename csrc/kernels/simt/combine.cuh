@@ -19,13 +19,13 @@ constexpr int kCombineAhead = 16;  // segments whose loads are in flight at once
 // Whether anything is to be done for sequence `index` (a table of units: for unit `index`). Quick: most packed
 // sequences are short. Opaque states of two segments are as they should be.
 __device__ inline bool has_segments(const TrilinearParams& params, int64_t index) {
-  const int64_t most_alone = params.local_floats != 0 ? 2 * params.segment_len : 0;  // tokens
+  const bool is_opaque = params.local_floats != 0;
   if (params.units != nullptr) {
     const UnitEntry& entry = params.units[index];
-    return entry.segment == 0 && entry.seq_length > most_alone;
+    return entry.segment == 0 && (!is_opaque || entry.seq_length > 2 * params.segment_len);
   }
-  if (params.cu_seqlens.data == nullptr) return true;
-  return sequence_rows(params.cu_seqlens, index, params.sizes.length).length > most_alone || most_alone == 0;
+  if (params.cu_seqlens.data == nullptr || !is_opaque) return true;
+  return sequence_rows(params.cu_seqlens, index, params.sizes.length).length > 2 * params.segment_len;
 }
 
 // Grid: x = blocks, which take turns at element blocks (fastest), heads and sequences (a table of units: its units, of

@@ -1,11 +1,12 @@
 #include "combine.cuh"
 #include "launch.h"
+#include "launch_overlapping.h"
 
 namespace la2::simt {
 namespace {
 
-// A few to an SM: a block for each item cost 46 us for 20 short packed sequences at H = 8 (3,712 blocks), of which none
-// had anything to combine.
+// A few to an SM: a block for each item took 50 us on an H100 for 20 short packed sequences at H = 8 (3,712 blocks), of
+// which none had anything to combine.
 constexpr int64_t kMostBlocks = 512;
 
 template <class T>
@@ -22,18 +23,10 @@ cudaError_t launch(const TrilinearParams& params, bool overlaps, cudaStream_t st
       element_blocks * params.sizes.heads * (params.units != nullptr ? params.num_units : params.sizes.num_seqs);
   if (items == 0) return cudaSuccess;
   if (items > INT32_MAX - kMostBlocks) return cudaErrorInvalidConfiguration;
-  cudaLaunchAttribute overlap{};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim =
-      dim3(static_cast<unsigned>(items < kMostBlocks ? items : kMostBlocks), static_cast<unsigned>(params.num_jobs));
-  config.blockDim = dim3(kCombineThreads);
-  config.stream = stream;
-  config.attrs = &overlap;
-  config.numAttrs = overlaps ? 1 : 0;
-  return cudaLaunchKernelEx(&config, la2_combine_simt_kernel<T>, params, static_cast<int>(element_blocks),
-                            static_cast<int>(items));
+  const dim3 grid(static_cast<unsigned>(items < kMostBlocks ? items : kMostBlocks),
+                  static_cast<unsigned>(params.num_jobs));
+  return launch_overlapping(la2_combine_simt_kernel<T>, grid, kCombineThreads, 0, overlaps, stream, params,
+                            static_cast<int>(element_blocks), static_cast<int>(items));
 }
 
 }  // namespace

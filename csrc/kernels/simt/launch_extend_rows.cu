@@ -1,4 +1,5 @@
 #include "extend_rows.cuh"
+#include "launch_overlapping.h"
 #include "with_state_part.cuh"
 
 namespace la2::simt {
@@ -13,16 +14,9 @@ cudaError_t launch_kernel(const ExtendParams& params, const ExtendTables& tables
   constexpr int64_t kMaxBlocks = 0x7fffffff;
   if (params.heads > kMaxBlocks / num_slices || requests > kMaxBlocks / (num_slices * params.heads))
     return cudaErrorInvalidConfiguration;
-  cudaLaunchAttribute overlap{};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(num_slices * params.heads * requests));
-  config.blockDim = dim3(Part::kThreads);
-  config.stream = stream;
-  config.attrs = &overlap;
-  config.numAttrs = overlaps ? 1 : 0;
-  return cudaLaunchKernelEx(&config, la2_extend_rows_simt_kernel<Part>, params, tables, dense);
+  const dim3 grid(static_cast<unsigned>(num_slices * params.heads * requests));
+  return launch_overlapping(la2_extend_rows_simt_kernel<Part>, grid, Part::kThreads, 0, overlaps, stream, params,
+                            tables, dense);
 }
 
 template <class T, class P>

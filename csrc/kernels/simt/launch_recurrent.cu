@@ -1,4 +1,5 @@
 #include "launch.h"
+#include "launch_overlapping.h"
 #include "recurrent.cuh"
 #include "with_state_part.cuh"
 
@@ -12,27 +13,22 @@ cudaError_t launch_kernel(const RecurrentParams& params, bool overlaps, cudaStre
   constexpr int64_t kMaxBlocks = 0x7fffffff;
   if (params.heads > kMaxBlocks / num_slices || params.rows > kMaxBlocks / (num_slices * params.heads))
     return cudaErrorInvalidConfiguration;
-  cudaLaunchAttribute overlap{};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(num_slices * params.heads * params.rows));
-  config.blockDim = dim3(Part::kThreads);
-  config.stream = stream;
-  config.attrs = &overlap;
-  config.numAttrs = overlaps ? 1 : 0;
+  const dim3 grid(static_cast<unsigned>(num_slices * params.heads * params.rows));
   // One token of one: nothing of it in shared memory. Also to commit one, unless it may be none.
   if (params.tokens == 1 && params.num_accepted.data == nullptr)
-    return cudaLaunchKernelEx(&config, la2_recurrent_one_simt_kernel<Part>, params);
+    return launch_overlapping(la2_recurrent_one_simt_kernel<Part>, grid, Part::kThreads, 0, overlaps, stream, params);
   constexpr size_t kTokenBytes = TokenRows<Part>::kElements * sizeof(typename Part::T);
-  config.dynamicSmemBytes = static_cast<size_t>(params.tokens) * kTokenBytes;
-  if (config.dynamicSmemBytes > 32 * 1024) {  // with the sums more than a block may have unasked
+  constexpr size_t kSumBytes = kTokensAtOnce * Part::kParts * Part::kSlice * sizeof(typename Part::Acc);
+  constexpr size_t kUnasked = 47 * 1024;  // of 48 KiB that a block may have, all it declares included
+  const size_t token_bytes = static_cast<size_t>(params.tokens) * kTokenBytes;
+  if (token_bytes + kSumBytes > kUnasked) {
     const cudaError_t error =
         cudaFuncSetAttribute(la2_recurrent_simt_kernel<Part>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              static_cast<int>(kMaxRecurrentTokens * kTokenBytes));
     if (error != cudaSuccess) return error;
   }
-  return cudaLaunchKernelEx(&config, la2_recurrent_simt_kernel<Part>, params);
+  return launch_overlapping(la2_recurrent_simt_kernel<Part>, grid, Part::kThreads, token_bytes, overlaps, stream,
+                            params);
 }
 
 template <class T, class P>

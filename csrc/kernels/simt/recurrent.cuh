@@ -108,8 +108,8 @@ __global__ void __launch_bounds__(Part::kThreads, Part::kMinBlocks)
   if (place.slot < 0 || place.slot >= params.slots) return zero_outputs<T>(params, place);
   const StateView<typename Part::P> state(params.state, place, place.slot);
   part.load(state);
-  ptx::launch_dependents();  // with the loads on their way: earlier, the next kernel's start gets in between (B = 1:
-                             // 0.1 us)
+  // With the loads on their way: earlier, the next kernel's start gets in between (one sequence: 0.1 us).
+  ptx::launch_dependents();
   leave_decay(&sDecay, slope);
   __syncthreads();
 

@@ -175,8 +175,7 @@ struct StateView {
 constexpr int log2_of(int x) { return x <= 1 ? 0 : 1 + log2_of(x / 2); }
 
 // Adds each of x up over the lanes that differ in the bits kBegin .. kEnd / 2, neighbours first. With every step a lane
-// gives half of its sums away, so that each is formed once: left are x[0 .. kept_sums), the first of which is sum
-// number `result`.
+// gives half of its sums away, so that each is formed once: left are x[0 .. kept_sums). Returns which sum x[0] is.
 template <int kBegin, int kEnd, int kCount, class Acc>
 __device__ __forceinline__ int sum_over_lanes(Acc (&x)[kCount]) {
   int first = 0, count = kCount;

@@ -7,7 +7,7 @@
 namespace la2::simt {
 
 // From so many blocks of 32 KiB on they win over blocks of 16 KiB, which spread few states over more SMs. One H200,
-// float32, H = 64, D = 128: 128 blocks 3.7 us against 2.9, 1024 blocks 12.8 against 12.6, 32768 blocks 522 against 534.
+// float32, H = 64, D = 128: 128 blocks 3.7 us against 3.0, 1024 blocks 12.8 against 12.6, 32768 blocks 522 against 534.
 constexpr int64_t kManyBlocks = 1024;
 
 // A type to be handed over by value.

@@ -146,7 +146,7 @@ def run_packed(
 
 def tables(results: list[dict]) -> str:
     parts = []
-    for what in ("forward", "backward", "packed forward"):
+    for what in ("forward", "backward"):
         rows = []
         for r in results:
             if r["what"] != what:
