@@ -138,8 +138,13 @@ Status parse_forced(const std::string& text, Forced* forced) {
         return Status::error("LA2_PLAN: cluster is '" + value + "', expected 1, 2 or 4");
     } else if (key == "blocks") {
       if (Status s = parse_number("LA2_PLAN: blocks", value, &forced->blocks); !s.is_ok()) return s;
+    } else if (key == "passes") {
+      if (Status s = parse_number("LA2_PLAN: passes", value, &forced->passes); !s.is_ok()) return s;
+      if (forced->passes != 1 && forced->passes != 3)
+        return Status::error("LA2_PLAN: passes is '" + value + "', expected 1 or 3");
     } else {
-      return Status::error("LA2_PLAN: unknown key '" + key + "', expected family, slice, segments, cluster or blocks");
+      return Status::error("LA2_PLAN: unknown key '" + key +
+                           "', expected family, slice, segments, cluster, blocks or passes");
     }
   }
   return Status::ok();
@@ -197,27 +202,8 @@ Candidate evaluate(const Problem& p, const DeviceProps& device, Family family,
   return candidate;
 }
 
-}  // namespace
-
-Status make_plan(const Problem& p, const DeviceProps& device, const std::string& forced_text, Plan* plan) {
-  Forced forced;
-  if (Status s = parse_forced(forced_text, &forced); !s.is_ok()) return s;
-  if (Status s = check_dim("head dim of q and k", p.dim_k); !s.is_ok()) return s;
-  if (Status s = check_dim("head dim of v", p.dim_v); !s.is_ok()) return s;
-  if (Status s = check_sizes(p); !s.is_ok()) return s;
-  if (!p.packed && p.num_seqs != p.batch)
-    return Status::error("num_seqs is " + std::to_string(p.num_seqs) + ", expected the batch, " +
-                         std::to_string(p.batch) + ", without cu_seqlens");
-  if (device.compute_capability < 80)
-    return Status::error("the GPU has compute capability " + std::to_string(device.compute_capability / 10) + "." +
-                         std::to_string(device.compute_capability % 10) + ", expected 8.0 or later");
-  if (device.num_sms <= 0) return Status::error("the device has no multiprocessors");
-
-  if (const Status s = plan_sm90(p, device, forced, plan); s.is_ok())
-    return s;
-  else if (forced.family == "sm90")
-    return s;
-
+// The plan of the families that are not bound to one GPU.
+Status plan_portable(const Problem& p, const DeviceProps& device, const Forced& forced, Plan* plan) {
   const Family family = family_for(p.dtype);
   if (!forced.family.empty() && forced.family != family_text(family))
     return Status::error("LA2_PLAN: family " + forced.family + " has no kernels for " + dtype_text(p.dtype) +
@@ -272,6 +258,35 @@ Status make_plan(const Problem& p, const DeviceProps& device, const std::string&
   return Status::ok();
 }
 
+}  // namespace
+
+Status make_plan(const Problem& p, const DeviceProps& device, const std::string& forced_text, Plan* plan) {
+  Forced forced;
+  if (Status s = parse_forced(forced_text, &forced); !s.is_ok()) return s;
+  if (Status s = check_dim("head dim of q and k", p.dim_k); !s.is_ok()) return s;
+  if (Status s = check_dim("head dim of v", p.dim_v); !s.is_ok()) return s;
+  if (Status s = check_sizes(p); !s.is_ok()) return s;
+  if (!p.packed && p.num_seqs != p.batch)
+    return Status::error("num_seqs is " + std::to_string(p.num_seqs) + ", expected the batch, " +
+                         std::to_string(p.batch) + ", without cu_seqlens");
+  if (device.compute_capability < 80)
+    return Status::error("the GPU has compute capability " + std::to_string(device.compute_capability / 10) + "." +
+                         std::to_string(device.compute_capability % 10) + ", expected 8.0 or later");
+  if (device.num_sms <= 0) return Status::error("the device has no multiprocessors");
+
+  // Of the two families the faster one: where a call is short, the Hopper kernels are slow to start.
+  Plan hopper;
+  const Status on_hopper = plan_sm90(p, device, forced, &hopper);
+  if (forced.family == "sm90" || forced.passes == 1 || (on_hopper.is_ok() && (p.is_extend || forced.is_for_sm90()))) {
+    *plan = hopper;
+    return on_hopper;
+  }
+  const Status elsewhere = plan_portable(p, device, forced, plan);
+  if (!on_hopper.is_ok() || (elsewhere.is_ok() && plan->predicted_us < hopper.predicted_us)) return elsewhere;
+  *plan = hopper;
+  return Status::ok();
+}
+
 std::string describe(const Problem& p, const DeviceProps& device, const Plan& plan) {
   std::ostringstream line;
   line << (p.backward ? "backward" : "forward") << ' ' << dtype_text(p.dtype) << " B=" << p.batch << " H=" << p.heads
@@ -284,7 +299,7 @@ std::string describe(const Problem& p, const DeviceProps& device, const Plan& pl
          << " slice " << plan.tiles[i].slice << " chunk " << plan.tiles[i].chunk
          << (plan.clusters[i] > 1 ? " cluster " + std::to_string(plan.clusters[i]) : "");
   line << ", " << plan.num_segments << (plan.num_segments == 1 ? " segment of " : " segments of ") << plan.segment_len
-       << ", " << plan.num_units << " units";
+       << (plan.in_one_pass ? " in one pass" : "") << ", " << plan.num_units << " units";
   char number[64];
   std::snprintf(
       number, sizeof number, ", workspace %.2f MiB, predicted %.0f us",

@@ -19,6 +19,7 @@ struct Problem {
   int64_t num_seqs = 1;                      // = batch when dense
   bool packed = false;                       // cu_seqlens given: the lengths are known to the device alone
   bool slope_grad = false;
+  bool is_extend = false;  // states come from a pool, sequences from a table
   bool mappable = true;  // the copy engine's tensor maps can describe the operands: no stride of 0, none of 2^40 bytes
 };
 
@@ -41,6 +42,7 @@ struct Plan {
   int num_launches = 0;
   Tile tiles[2];
   bool is_fused = false;
+  bool in_one_pass = false;        // sm90 forward: state, combine and main pass are one kernel, all blocks resident
   int clusters[2] = {1, 1};        // sm90: neighbouring slices of a head that share their copies of a and b, by launch
   int64_t max_blocks[2] = {0, 0};  // sm90: of a job; they take turns at the items. 0: a block for each item
   int64_t segment_len = 0;         // tokens, a multiple of every chunk; one segment: at least the longest sequence
@@ -49,7 +51,8 @@ struct Plan {
   int64_t local_states = 0;        // of [H, D, E] in the workspace (0: one segment)
   int64_t dot_floats = 0;          // slope gradient: elements of the workspace for dq's and dk's dots
   // The state pass before launch 0 (jobs dq and dk, whose states dv shares) and, sm90 without is_fused, before
-  // launch 1. Forward: also of a state pass for snapshots, whether sequences are cut or not.
+  // launch 1. Forward: also of a state pass for snapshots,
+  // whether sequences are cut or not.
   Tile state_tiles[2];
   int state_clusters[2] = {1, 1};
   int64_t state_floats[2] = {0, 0};  // sm90: of one head's state, in the family's own order (0: [D, E])
@@ -58,7 +61,7 @@ struct Plan {
 
 // Fails with a sentence where no kernel serves the problem. `forced` is the value of LA2_PLAN: a comma-separated list
 // of key=value out of family=simt|sm80|sm90, slice=64|128, segments=N; sm90: cluster=1|2|4, blocks=N for each that is
-// resident, which take turns; empty: free choice.
+// resident, which take turns, passes=1|3 where sequences are cut (1: in_one_pass); empty: free choice.
 Status make_plan(const Problem& problem, const DeviceProps& device, const std::string& forced, Plan* plan);
 
 // One line for people: the problem, the device, the plan.

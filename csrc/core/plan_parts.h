@@ -13,7 +13,8 @@ namespace la2 {
 // LA2_PLAN, parsed. Empty and 0: free choice.
 struct Forced {
   std::string family;
-  int64_t slice = 0, segments = 0, cluster = 0, blocks = 0;
+  int64_t slice = 0, segments = 0, cluster = 0, blocks = 0, passes = 0;
+  bool is_for_sm90() const { return cluster != 0 || blocks != 0 || passes != 0; }
 };
 
 constexpr int64_t kSegmentStep = 64;  // every chunk size divides it
@@ -40,8 +41,9 @@ inline bool cut_into_segments(const Problem& p, int64_t segments, Plan* plan) {
   const int64_t tokens = std::max<int64_t>(p.length, 1);
   plan->segment_len = ceil_div(ceil_div(tokens, segments), kSegmentStep) * kSegmentStep;
   plan->num_segments = ceil_div(tokens, plan->segment_len);
-  plan->num_units = p.packed ? p.num_seqs + p.length / plan->segment_len
-                             : p.num_seqs * std::max<int64_t>(1, ceil_div(p.length, plan->segment_len));
+  plan->num_units = p.packed && p.num_seqs > 1
+                        ? p.num_seqs + p.length / plan->segment_len
+                        : p.num_seqs * std::max<int64_t>(1, ceil_div(p.length, plan->segment_len));
   const bool cut = plan->num_segments > 1;
   plan->local_states = cut ? plan->num_units * (p.backward ? 2 : 1) : 0;
   return cut;

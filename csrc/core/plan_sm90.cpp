@@ -23,9 +23,17 @@ constexpr Sm90Cost kTrilinear[] = {
 constexpr double kPair64 = 1.47, kPair128 = 3.19;  // dk and dv; one dim of 64 and one of 128: in between
 constexpr double kBusy = 0.15;                     // slower by this where every SM is at work: shared L2, lower clocks
 constexpr double kGBs = 3800;                      // 0.89 of what a copy moves
-constexpr double kFirstUs = 6.0;                   // launch, first copies, last stores
-constexpr double kNextUs = 2.0;                    // of one more kernel, which overlaps the one before
-constexpr double kCombineUs = 6.0;
+constexpr double kFirstUs = 7.2;                   // launch, first copies, last stores
+constexpr double kStatePassUs = 5.7;               // the same of the passes before
+constexpr double kCombineUs = 5.0;
+constexpr double kTurnUs = 5.0;  // from one item of a block to its next
+constexpr double kDqUs = 7.2,
+                 kDqBehindUs = 20.0;  // of dq: beside dk and dv on a quarter of the SMs or more; behind them
+constexpr double kBeside = 1.13;      // dk and dv while dq is computed on other SMs
+constexpr double kTogetherUs = 5.5;   // in one pass: blocks wait for each other
+constexpr double kSegmentUs = 0.08;   // and walk what each segment gathered
+constexpr double kBytesInL2 = 40e6;   // of b and c, which the main pass then finds there
+constexpr int64_t kMinSegmentOfOnePass = 128;
 constexpr int kBytes = 2;
 constexpr int64_t kMostTurns = 1000;  // blocks of a launch for each that is resident
 
@@ -53,8 +61,10 @@ int64_t most_blocks(const Problem& p, const DeviceProps& device, int cluster, co
 }
 
 // Of the state pass's chunks, the share that decay leaves something of: not known to the host, 1 without decay, little
-// with the slopes of most heads.
+// with the slopes of most heads. Where all blocks walk at once, time is the flattest head's, 111 chunks of a slope of
+// 2^-8, and bytes are those of a mean window, 24 chunks (16 slopes from 2^-0.5 to 2^-8).
 constexpr double kWindowShare = 0.35;
+constexpr int64_t kLongestWindow = 111, kMeanWindow = 24;
 
 // What blocks walk.
 struct Walk {
@@ -100,8 +110,20 @@ double launch_us(const DeviceProps& device, const Walk& walk, int64_t width, int
                                       : std::ceil(items / resident) * chunks;
   const double busy = std::min(1.0, items / resident);
   const double walking = std::max(steps, chunks) * chunk_us * (1 + kBusy * busy), copying = bytes / (kGBs * 1e3);
+  const double turns = walk.is_packed ? 0 : kTurnUs * (std::ceil(items / resident) - 1);
   // Not quite the longer of the two: where they are alike, each waits for the other now and then.
-  return std::pow(std::pow(walking, 8) + std::pow(copying, 8), 1.0 / 8);
+  return std::pow(std::pow(walking + std::max(turns, 0.0), 8) + std::pow(copying, 8), 1.0 / 8);
+}
+
+// Segments to consider, forward also the number that one pass has room for, and half of it.
+std::vector<int64_t> counts_with_one_pass(const Problem& p, const DeviceProps& device, const Forced& forced) {
+  std::vector<int64_t> counts = counts_of_segments(p, forced);
+  if (p.backward || forced.segments > 0) return counts;
+  const int64_t items = std::max<int64_t>(1, p.heads * ceil_div(p.dim_v, 64) * (p.packed ? 1 : p.num_seqs));
+  for (const int64_t n : {device.num_sms / items, device.num_sms / items / 2})
+    if (n > 1 && n <= kMaxSegments && n <= p.length / kMinSegmentOfOnePass) counts.push_back(n);
+  std::sort(counts.begin(), counts.end());
+  return counts;
 }
 
 // The mean of us(walk).
@@ -110,6 +132,23 @@ double mean_us(const std::vector<Walk>& walks, const Us& us) {
   double sum = 0;
   for (const Walk& walk : walks) sum += us(walk);
   return sum / static_cast<double>(walks.size());
+}
+
+// The time of the candidate in one pass; 0 where it does not serve: every block has one item and is resident.
+double one_pass_us(const Problem& p, const DeviceProps& device, const Plan& plan, const std::vector<Walk>& walks) {
+  const Tile& tile = plan.tiles[0];
+  const int64_t slices = ceil_div(p.dim_v, tile.slice);
+  const bool is_resident = plan.num_units * p.heads * slices <= device.num_sms;
+  if (p.backward || p.is_extend || tile.slice != 64 || tile.tile_a > 128 || !is_resident) return 0;
+  const Sm90Cost& cost = *find(tile.tile_a, tile.slice);
+  // The bytes of k and v, and of q and out.
+  const double half =
+      static_cast<double>(p.batch * p.heads * p.length) * kBytes * static_cast<double>(p.dim_k + p.dim_v);
+  const double exchange = kTogetherUs + kSegmentUs * static_cast<double>(plan.num_segments) + combine_us(p, plan);
+  return kFirstUs + exchange + mean_us(walks, [&](const Walk& walk) {
+           return launch_us(device, walk, slices, 1, 1, cost.state_only, half) +
+                  launch_us(device, walk, slices, 1, 1, cost.out, half < kBytesInL2 ? half : 2 * half);
+         });
 }
 
 }  // namespace
@@ -136,7 +175,7 @@ Status plan_sm90(const Problem& p, const DeviceProps& device, const Forced& forc
   bool found = false;
   for (const int slice : {128, 64}) {
     if (forced.slice != 0 && forced.slice != slice) continue;
-    for (const int64_t segments : counts_of_segments(p, forced)) {
+    for (const int64_t segments : counts_with_one_pass(p, device, forced)) {
       Plan candidate;
       candidate.family = Family::kSm90;
       const bool cut = cut_into_segments(p, segments, &candidate);
@@ -166,14 +205,19 @@ Status plan_sm90(const Problem& p, const DeviceProps& device, const Forced& forc
         candidate.is_fused = true;
         candidate.tiles[0] = {tile_a_for(p.dim_v), tile_a_for(p.dim_k), kChunk};  // of dk
         candidate.max_blocks[0] = most_blocks(p, device, 1, forced);
-        us += kNextUs + mean_us(walks, [&](const Walk& walk) {
-                return launch_us(device, walk, 1, 1, 1, pair_us, rows * 3 * static_cast<double>(p.dim_k + p.dim_v));
-              });
+        const double before = us;
         if (!add(1, p.dim_v, p.dim_k, slice, 1)) continue;
+        const double of_dq = us - before, of_pair = mean_us(walks, [&](const Walk& walk) {
+                                            return launch_us(device, walk, 1, 1, 1, pair_us,
+                                                             rows * 3 * static_cast<double>(p.dim_k + p.dim_v));
+                                          });
+        const int64_t blocks = candidate.num_units * p.heads * (1 + ceil_div(p.dim_k, slice));
+        us = before + (4 * blocks <= 3 * device.num_sms ? kDqUs + std::max(of_dq, of_pair * kBeside)
+                                                        : kDqBehindUs + of_dq + of_pair);
       } else {
         // Slices of 128 do not split what dk and dv need split.
         if (slice == 128 || !add(0, p.dim_v, p.dim_k, slice, 2) || !add(1, p.dim_k, p.dim_v, slice, 1)) continue;
-        us += kNextUs;
+        us += kDqUs;
       }
       auto choose_state_tile = [&](int launch, int64_t dim_a, int64_t dim_c) {
         const int tile_a = tile_a_for(dim_a), slice_c = dim_c <= 64 || tile_a > 128 ? 64 : 128;
@@ -182,7 +226,7 @@ Status plan_sm90(const Problem& p, const DeviceProps& device, const Forced& forc
       };
       if (!p.backward) choose_state_tile(0, p.dim_k, p.dim_v);  // also for snapshots, where nothing is cut
       if (cut) {
-        us += kNextUs + (candidate.num_segments > 2 ? kCombineUs : 0);
+        us += kStatePassUs + (candidate.num_segments > 2 ? kCombineUs : 0);
         auto add_states = [&](int launch, int64_t dim_a, int64_t dim_c, int jobs) {
           choose_state_tile(launch, dim_a, dim_c);
           const Tile& tile = candidate.state_tiles[launch];
@@ -190,12 +234,17 @@ Status plan_sm90(const Problem& p, const DeviceProps& device, const Forced& forc
           const int cluster = candidate.state_clusters[launch];
           candidate.state_floats[launch] = tile.tile_a * ceil_div(dim_c, 64) * 64;
           const Sm90Cost& cost = *find(tile.tile_a, tile.slice);
-          us += kWindowShare * mean_us(walks, [&](const Walk& walk) {
-                  if (walk.cut_share == 0) return 0.0;
-                  const double bytes = rows * jobs * walk.cut_share * static_cast<double>(dim_a + dim_c);
-                  return launch_us(device, walk, slices * jobs, cluster, walk.cut_share,
-                                   p.backward ? cost.state_only_split : cost.state_only, bytes);
-                });
+          us += mean_us(walks, [&](const Walk& walk) {
+            if (walk.cut_share == 0) return 0.0;
+            const bool at_once = walk.units * slices * jobs <= resident_blocks(device, cluster);
+            Walk window = walk;
+            if (at_once) window.chunks = std::min(walk.chunks, kLongestWindow);
+            const double share = static_cast<double>(kMeanWindow) / static_cast<double>(walk.chunks);
+            const double bytes = rows * jobs * walk.cut_share * static_cast<double>(dim_a + dim_c);
+            return (at_once ? 1.0 : kWindowShare) * launch_us(device, window, slices * jobs, cluster, walk.cut_share,
+                                                              p.backward ? cost.state_only_split : cost.state_only,
+                                                              at_once ? bytes * std::min(1.0, share) : bytes);
+          });
         };
         if (!p.backward) {
           add_states(0, p.dim_k, p.dim_v, 1);
@@ -207,6 +256,18 @@ Status plan_sm90(const Problem& p, const DeviceProps& device, const Forced& forc
           candidate.local_states += candidate.num_units;
         }
         if (candidate.num_segments > 2) us += combine_us(p, candidate);
+        const double together = one_pass_us(p, device, candidate, walks);
+        const bool is_short = candidate.segment_len < kMinSegment && forced.segments == 0;  // for three passes
+        if (together == 0 && (forced.passes == 1 || is_short)) continue;
+        candidate.in_one_pass =
+            together != 0 && forced.passes != 3 && (together < us || forced.passes == 1 || is_short);
+        if (candidate.in_one_pass) {
+          us = together;
+          candidate.clusters[0] = 1;
+          candidate.max_blocks[0] = 0;
+        }
+      } else if (forced.passes == 1) {
+        continue;
       }
       candidate.predicted_us = us;
       const bool more_segments = candidate.num_segments > plan->num_segments;
@@ -217,7 +278,8 @@ Status plan_sm90(const Problem& p, const DeviceProps& device, const Forced& forc
   }
   if (!found)
     return Status::error("no kernel of family sm90 fits: head dims " + std::to_string(p.dim_k) + " and " +
-                         std::to_string(p.dim_v) + " with slice " + std::to_string(forced.slice));
+                         std::to_string(p.dim_v) + " with slice " + std::to_string(forced.slice) +
+                         (forced.passes == 1 ? ", cut so that all blocks are resident" : ""));
   return Status::ok();
 }
 

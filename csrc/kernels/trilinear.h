@@ -18,6 +18,7 @@
 // grad_final_state itself, undecayed, and leaves the first one as grad_initial_state (triton_ref/README.md).
 #pragma once
 
+#include "../core/division.h"
 #include "params.h"
 
 namespace la2 {
@@ -46,6 +47,8 @@ struct TrilinearJob {
   //   dots[2] = sum_{j<i} (i-j) lambda^(i-j) intra (a_i . b_j)(c_j . x_i)       of use from a forward job alone
   Rows x;      // [B, H, N, Dc]
   void* dots;  // [num_chunk_slots, H, num_slices, 3]
+
+  Division by_slices;  // of the grid: the launch's
 };
 
 // A unit that is told, not counted (TrilinearParams::units): a segment of the rows [seq_begin, seq_begin + seq_length)
@@ -68,6 +71,7 @@ struct TrilinearParams {
   // sequence. num_units bounds their number: num_seqs * segments when dense; num_seqs + N / segment_len when
   // packed, where blocks beyond the last unit have nothing to do.
   int64_t segment_len;
+  Division by_segment_len, by_segments, by_heads;  // by_segments: of a dense sequence (set_segment_len)
   int64_t num_units;
   bool is_cut;  // some sequence may have more than one segment: the passes before the main one were run
   // job.local is in the family's own order: `local_floats` of a unit and head, one behind the other (0: [Da, Dc]), and
@@ -78,6 +82,14 @@ struct TrilinearParams {
   // The state pass walks whole sequences (one segment each) from job.initial to job.final, and makes no outputs.
   bool states_alone;
 };
+
+inline void set_segment_len(TrilinearParams& params, int64_t segment_len) {
+  const Sizes& s = params.sizes;
+  params.segment_len = segment_len;
+  params.by_segment_len = Division::by(segment_len);
+  params.by_segments = Division::by(s.length > segment_len ? params.by_segment_len.quotient_up(s.length) : 1);
+  params.by_heads = Division::by(s.heads > 0 ? s.heads : 1);
+}
 
 // Chunk slots of the slope gradient's dots: the chunks of a sequence that starts at token `start` are
 // first_chunk_slot(...) + 0, 1, ... Slots of different sequences never meet.

@@ -84,19 +84,14 @@ bool is_mappable(const Tensor& t) {
   return mappable;
 }
 
-Plan plan_for(const Attention& args, bool backward, bool slope_grad, bool mappable, const Device& device) {
+Plan plan_for(const Attention& args, bool backward, bool slope_grad, bool mappable, const Device& device,
+              bool is_extend = false) {
   const Sizes& s = args.sizes;
-  const Problem problem{backward,
-                        args.dtype,
-                        s.batch,
-                        s.heads,
-                        s.length,
-                        s.dim_k,
-                        s.dim_v,
-                        s.num_seqs,
-                        args.cu_seqlens.has_value(),
-                        slope_grad,
-                        mappable && is_mappable(args.q) && is_mappable(args.k) && is_mappable(args.v)};
+  const Problem problem{
+      backward,   args.dtype, s.batch,
+      s.heads,    s.length,   s.dim_k,
+      s.dim_v,    s.num_seqs, args.cu_seqlens.has_value(),
+      slope_grad, is_extend,  mappable && is_mappable(args.q) && is_mappable(args.k) && is_mappable(args.v)};
   const char* forced = std::getenv("LA2_PLAN");
   Plan plan;
   const Status status = make_plan(problem, device.props(), forced ? forced : "", &plan);
@@ -106,8 +101,9 @@ Plan plan_for(const Attention& args, bool backward, bool slope_grad, bool mappab
 
 // Launch `which` of the plan, on the jobs in params.
 void launch(const Attention& args, const Plan& plan, int which, const TrilinearParams& params, bool gradients,
-            bool slope_grad, cudaStream_t stream) {
+            bool slope_grad, const Device& device) {
   const Tile& tile = plan.tiles[which];
+  const cudaStream_t stream = device.stream();
   cudaError_t error;
   if (plan.family == Family::kSm90) {
     sm90::LaunchOptions options;
@@ -121,25 +117,49 @@ void launch(const Attention& args, const Plan& plan, int which, const TrilinearP
     const bool both = plan.is_fused && which == 0;
     error = sm90::launch_trilinear(params, {args.dtype, tile.tile_a, tile.slice, gradients, both}, options, stream);
   } else if (plan.family == Family::kSm80) {
-    error = sm80::launch_trilinear(params, {args.dtype, tile.tile_a, tile.slice, gradients, slope_grad}, false, stream);
+    const sm80::LaunchOptions options{false, device.orders_kernels() && params.is_cut && which == 0};
+    error =
+        sm80::launch_trilinear(params, {args.dtype, tile.tile_a, tile.slice, gradients, slope_grad}, options, stream);
   } else {
     error = simt::launch_trilinear(params, args.dtype, stream);
   }
   check_cuda(args.op, "launching the kernel", error);
 }
 
+// The launch of a cooperative plan: false where not all of its blocks can be resident after all (a stream that has a
+// part of the multiprocessors), and nothing was done.
+bool launch_in_one_pass(const Attention& args, const Plan& plan, TrilinearParams& params, const Device& device) {
+  params.local_floats = plan.state_floats[0];
+  const Tile& tile = plan.tiles[0];
+  sm90::LaunchOptions options;
+  options.in_one_pass = true;
+  const cudaError_t error =
+      sm90::launch_trilinear(params, {args.dtype, tile.tile_a, tile.slice, false, false}, options, device.stream());
+  if (error == cudaErrorCooperativeLaunchTooLarge) {
+    cudaGetLastError();
+    return false;
+  }
+  check_cuda(args.op, "launching the kernel", error);
+  return true;
+}
+
 // The state pass for the jobs of launch `which`.
 void launch_states(const Attention& args, const Plan& plan, int which, const TrilinearParams& params, bool gradients,
-                   cudaStream_t stream) {
+                   const Device& device) {
+  const cudaStream_t stream = device.stream();
   const Tile& tile = plan.state_tiles[which];
   cudaError_t error;
   if (plan.family == Family::kSm90) {
     sm90::LaunchOptions options;
     options.cluster = plan.state_clusters[which];
     options.state_only = true;
+    // Blocks take turns: while one state is stored the next one's rows are copied.
+    if (params.cu_seqlens.data == nullptr)
+      options.max_blocks = device.props().num_sms / params.num_jobs / options.cluster * options.cluster;
     error = sm90::launch_trilinear(params, {args.dtype, tile.tile_a, tile.slice, gradients, false}, options, stream);
   } else if (plan.family == Family::kSm80) {
-    error = sm80::launch_trilinear(params, {args.dtype, tile.tile_a, tile.slice, gradients, false}, true, stream);
+    error =
+        sm80::launch_trilinear(params, {args.dtype, tile.tile_a, tile.slice, gradients, false}, {true, false}, stream);
   } else {
     error = simt::launch_state_pass(params, args.dtype, stream);
   }
@@ -149,14 +169,15 @@ void launch_states(const Attention& args, const Plan& plan, int which, const Tri
 // Where sequences are cut: the states that enter each segment in the jobs of launch `which`, from the state pass and
 // its combination.
 void enter_segments(const Attention& args, const Plan& plan, int which, TrilinearParams& params, bool gradients,
-                    cudaStream_t stream) {
+                    const Device& device) {
   if (!params.is_cut) return;
   if (plan.family == Family::kSm90) params.local_floats = plan.state_floats[which];
-  launch_states(args, plan, which, params, gradients, stream);
+  launch_states(args, plan, which, params, gradients, device);
   // Of two segments the second one is entered by what leaves the first.
   if (plan.family == Family::kSm90 && plan.num_segments == 2) return;
+  const bool overlaps = plan.family != Family::kSimt && device.orders_kernels();
   check_cuda(args.op, "launching the combine pass",
-             simt::launch_combine(params, args.dtype == DType::kFloat64, plan.family == Family::kSm90, stream));
+             simt::launch_combine(params, args.dtype == DType::kFloat64, overlaps, device.stream()));
 }
 
 TrilinearParams common_params(const Attention& args, const Plan& plan) {
@@ -164,7 +185,7 @@ TrilinearParams common_params(const Attention& args, const Plan& plan) {
   params.sizes = args.sizes;
   params.slope = slopes(args.slope);
   params.cu_seqlens = seq_offsets(args.cu_seqlens);
-  params.segment_len = plan.segment_len;
+  set_segment_len(params, plan.segment_len);
   params.num_units = plan.num_units;
   params.is_cut = plan.num_segments > 1;
   return params;
@@ -203,8 +224,9 @@ void run_forward(const Attention& args, const Tensor& out, const Tensor* final_s
   job.initial = state(args.initial_state);
   if (final_state) job.final = mutable_state(*final_state);
   job.local = local_state(local, args.sizes.dim_v);
-  enter_segments(args, plan, 0, params, false, device.stream());
-  launch(args, plan, 0, params, false, false, device.stream());
+  if (plan.in_one_pass && launch_in_one_pass(args, plan, params, device)) return;
+  enter_segments(args, plan, 0, params, false, device);
+  launch(args, plan, 0, params, false, false, device);
 }
 
 Tensor forward(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& slope,
@@ -307,10 +329,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_o
   };
   auto launch_jobs = [&](int which, std::initializer_list<const TrilinearJob*> jobs) {
     set_jobs(jobs);
-    launch(args, plan, which, params, true, wants_dslope && which == 0, device.stream());
+    launch(args, plan, which, params, true, wants_dslope && which == 0, device);
   };
   set_jobs({&dq_job, &dk_job});
-  enter_segments(args, plan, 0, params, true, device.stream());
+  enter_segments(args, plan, 0, params, true, device);
   if (plan.is_fused) {
     launch_jobs(0, {&dk_job, &dv_job});
     launch_jobs(1, {&dq_job});
@@ -319,7 +341,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_o
   } else {
     launch_jobs(0, {&dq_job, &dk_job});
     set_jobs({&dv_job});
-    if (!shares_states) enter_segments(args, plan, 1, params, true, device.stream());
+    if (!shares_states) enter_segments(args, plan, 1, params, true, device);
     launch_jobs(1, {&dv_job});
   }
 
@@ -440,7 +462,7 @@ Tensor extend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& s
   constexpr int64_t kLikelyTokens = 512;
   const int64_t most_requests = std::min(p.requests, p.tokens / 2);
   attention.sizes.num_seqs = std::min(most_requests, std::max<int64_t>(1, p.tokens / kLikelyTokens));
-  Plan plan = plan_for(attention, false, false, true, device);
+  Plan plan = plan_for(attention, false, false, true, device, true);
   attention.sizes.num_seqs = most_requests;
   plan.num_units = most_requests + p.tokens / plan.segment_len;
   const bool is_cut = plan.num_segments > 1, is_sm90 = plan.family == Family::kSm90;
@@ -484,13 +506,13 @@ Tensor extend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& s
     TrilinearParams snapshots = params;
     snapshots.units = tables.snapshot_units;
     snapshots.num_units = p.snapshots;
-    snapshots.segment_len = std::max<int64_t>(p.tokens, 1);
+    set_segment_len(snapshots, std::max<int64_t>(p.tokens, 1));
     snapshots.is_cut = false;
     snapshots.states_alone = true;
     snapshots.jobs[0].initial = with_slots(p.state, tables.snapshot_read_slots);
     snapshots.jobs[0].final = p.state;
     snapshots.jobs[0].final.slots = tables.snapshot_write_slots;
-    launch_states(attention, plan, 0, snapshots, false, device.stream());
+    launch_states(attention, plan, 0, snapshots, false, device);
   }
 
   check_cuda(op, "launching the short requests", simt::launch_extend_rows(p, tables, dense, is_sm90, device.stream()));
@@ -501,9 +523,9 @@ Tensor extend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& s
   job.final.slots = tables.write_slots;
   const Tensor local = empty_local_states(attention, plan, 0, p.dim_k, p.dim_v);
   job.local = local_state(local, p.dim_v);
-  enter_segments(attention, plan, 0, params, false, device.stream());
+  enter_segments(attention, plan, 0, params, false, device);
   params.num_units = all_units;
-  launch(attention, plan, 0, params, false, false, device.stream());
+  launch(attention, plan, 0, params, false, false, device);
   return out;
 }
 

@@ -5,6 +5,8 @@
 #include <stdexcept>
 #include <tuple>
 
+#include "core/decay.h"
+#include "core/division.h"
 #include "core/plan.h"
 
 namespace py = pybind11;
@@ -57,6 +59,7 @@ PYBIND11_MODULE(la2_core, m) {
       .def_readwrite("num_seqs", &la2::Problem::num_seqs)
       .def_readwrite("packed", &la2::Problem::packed)
       .def_readwrite("slope_grad", &la2::Problem::slope_grad)
+      .def_readwrite("is_extend", &la2::Problem::is_extend)
       .def_readwrite("mappable", &la2::Problem::mappable);
   py::class_<la2::DeviceProps>(m, "DeviceProps")
       .def(py::init<>())
@@ -71,6 +74,7 @@ PYBIND11_MODULE(la2_core, m) {
   py::class_<la2::Plan>(m, "Plan")
       .def_readonly("family", &la2::Plan::family)
       .def_readonly("is_fused", &la2::Plan::is_fused)
+      .def_readonly("in_one_pass", &la2::Plan::in_one_pass)
       .def_readonly("segment_len", &la2::Plan::segment_len)
       .def_readonly("num_segments", &la2::Plan::num_segments)
       .def_readonly("num_units", &la2::Plan::num_units)
@@ -94,6 +98,8 @@ PYBIND11_MODULE(la2_core, m) {
   m.def("device", &device);
   m.def("plan", &plan, py::arg("problem"), py::arg("device"), py::arg("forced") = "");
   m.def("describe", &la2::describe);
+  m.def("quotient", [](int64_t n, int64_t divisor) { return la2::Division::by(divisor).quotient(n); });
+  m.def("rounded_decay_power", [](float slope, int32_t n) { return la2::rounded_decay_power(slope, n); });
   m.def("sm80_shared_bytes", [](int tile_a, int slice, int chunk, bool slope_grad) {
     return la2::sm80_shared_bytes({tile_a, slice, chunk}, slope_grad);
   });

@@ -59,7 +59,11 @@ def test_plans_cover_and_fit(core, data):
             # Whole clusters, and where blocks take turns, no more than the GPU holds.
             cluster, most = plan.clusters[launch], plan.max_blocks[launch]
             assert cluster in (1, 2, 4) and most % cluster == 0 and most <= device.num_sms
-            assert problem.packed == (most == 0)
+            assert (problem.packed or plan.in_one_pass) == (most == 0)
+    if plan.in_one_pass:  # every block is resident, with one item
+        assert plan.family == core.Family.sm90 and not problem.backward and plan.num_segments > 1
+        blocks = plan.num_units * problem.heads * math.ceil(problem.dim_v / plan.tiles[0].slice)
+        assert blocks <= device.num_sms and plan.clusters[0] == 1
     if plan.is_fused:  # dv's columns are dk's contracted ones: one slice is all of either
         assert plan.tiles[0].slice >= problem.dim_k and plan.tiles[0].tile_a >= problem.dim_v
     if plan.family == core.Family.sm90 and plan.num_segments > 1:
@@ -136,8 +140,10 @@ def test_any_problem_text_is_a_problem_or_a_sentence(core, text):
         ("family=sm70", "LA2_PLAN: family is 'sm70', expected simt, sm80 or sm90"),
         ("slice=96", "with slice 96"),
         ("cluster=3", "LA2_PLAN: cluster is '3', expected 1, 2 or 4"),
+        ("passes=2", "LA2_PLAN: passes is '2', expected 1 or 3"),
+        ("passes=1,segments=64", "cut so that all blocks are resident"),
         ("segments=0", "LA2_PLAN: segments is '0', expected a positive whole number"),
-        ("chunk=64", "LA2_PLAN: unknown key 'chunk', expected family, slice, segments, cluster or blocks"),
+        ("chunk=64", "LA2_PLAN: unknown key 'chunk', expected family, slice, segments, cluster, blocks or passes"),
     ],
 )
 def test_forced_plans_that_cannot_be(core, forced, sentence):
@@ -150,6 +156,29 @@ def test_forced_plans_are_taken(core):
     problem, device = core.problem("1,8,4096,128,128,bf16"), core.device("sm_90x132")
     plan = core.plan(problem, device, "slice=128,segments=3")
     assert plan.tiles[0].slice == 128 and plan.num_segments == 3
+
+
+def test_few_heads_go_in_one_pass(core):
+    """Out alone, where all blocks are resident; extend, whose units a table tells, in three."""
+    device = core.device("sm_90x132")
+    problem = core.problem("1,8,4096,128,128,bf16")
+    assert core.plan(problem, device).in_one_pass
+    assert not core.plan(problem, device, "passes=3").in_one_pass
+    assert not core.plan(core.problem("1,64,4096,128,128,bf16"), device).in_one_pass
+    assert core.plan(core.problem("1,8,4096,128,128,bf16,packed=1"), device).in_one_pass
+    problem.is_extend = True
+    plan = core.plan(problem, device)
+    assert not plan.in_one_pass and plan.family == core.Family.sm90
+
+
+def test_short_calls_take_the_kernels_that_start_soonest(core):
+    """On Hopper the portable ones (csrc/kernels/DESIGN.md), where no plan of the others was forced."""
+    device = core.device("sm_90x132")
+    short, long = core.problem("1,8,256,128,128,bf16,backward"), core.problem("4,32,4096,128,128,bf16,backward")
+    assert core.plan(short, device).family == core.Family.sm80
+    assert core.plan(long, device).family == core.Family.sm90
+    for forced in ("family=sm90", "cluster=1", "blocks=1"):
+        assert core.plan(short, device, forced).family == core.Family.sm90
 
 
 def test_packed_items_have_a_block_each_unless_turns_are_forced(core):

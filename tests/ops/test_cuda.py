@@ -82,6 +82,27 @@ def test_every_hopper_plan(monkeypatch, dtype, dims, plan):
 
 
 @needs_hopper
+@pytest.mark.parametrize("segments", (2, 3, 7))
+@pytest.mark.parametrize("dims", [d for d in HOPPER_DIMS if max(d) <= 128], ids=plan_id)
+@pytest.mark.parametrize("dtype", HALVES, ids=plan_id)
+def test_one_pass_has_the_bits_of_three(monkeypatch, dtype, dims, segments):
+    """The state pass, the combine pass and the main pass in one kernel: the same arithmetic in the same order."""
+    common = {"heads": 3, "key_dim": dims[0], "value_dim": dims[1], "dtype": dtype, "scale": 0.5}
+    dense = Case(batch=2, length=891, slope_per_seq=True, state_layout="vk", **common).make(CUDA)
+    dense.slope = torch.tensor([[0.0, 0.01, 0.3], [0.1, 0.02, 2.0]], dtype=dense.slope.dtype, device=CUDA)
+    packed = Case(lengths=(0, 130, 1, 0, 449, 64, 247), layout="bnhd", **common).make(CUDA)
+    packed.slope = torch.tensor([0.005, 0.05, 0.5], dtype=packed.slope.dtype, device=CUDA)
+    for x in (dense, packed):
+        got = {}
+        for passes in (3, 1, 1):
+            monkeypatch.setenv("LA2_PLAN", f"family=sm90,slice=64,segments={segments},passes={passes}")
+            got.setdefault(passes, la2.forward_with_state(*x.args, **x.options))
+            assert_equal(la2.forward_with_state(*x.args, **x.options), got[passes])
+        assert_equal(got[1], got[3])
+        check_forward(x, *got[1])
+
+
+@needs_hopper
 def test_neighbours_of_packed_sequences_do_not_leak(monkeypatch):
     """A chunk is copied whole: what stands behind the end of a sequence is its neighbour, here NaN and infinities."""
     monkeypatch.setenv("LA2_PLAN", "family=sm90")

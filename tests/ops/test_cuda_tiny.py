@@ -79,6 +79,24 @@ def test_tiny_hopper_prefill(monkeypatch, dtype, dims, plan):
         check(x, [t if t is None else t.cpu() for t in got])
 
 
+@needs_hopper
+@pytest.mark.sanitize
+@pytest.mark.parametrize("segments", (2, 3))
+@pytest.mark.parametrize("dims", ((64, 64), (128, 128)), ids=plan_id)
+@pytest.mark.parametrize("dtype", (BF16, FP16), ids=plan_id)
+def test_tiny_hopper_prefill_in_one_pass(monkeypatch, dtype, dims, segments):
+    """Blocks that wait for each other within a kernel."""
+    monkeypatch.setenv("LA2_PLAN", f"family=sm90,slice=64,segments={segments},passes=1")
+    common = {"heads": 1, "key_dim": dims[0], "value_dim": dims[1], "dtype": dtype}
+    for case in (
+        Case(length=194, state_layout="vk", **common),
+        Case(lengths=(67, 0, 130), slope_per_seq=True, layout="bnhd", **common),
+    ):
+        x = case.make("cpu")
+        y = moved_to_gpu(x)
+        check_forward(x, *(t.cpu() for t in torch.ops.la2.forward_with_state(*y.args, **y.options)))
+
+
 @pytest.mark.sanitize
 @pytest.mark.parametrize("state_layout", ("kv", "vk", "padded"))
 @pytest.mark.parametrize("dims", ((64, 40), (128, 24), (256, 64)), ids=plan_id)

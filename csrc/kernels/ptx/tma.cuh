@@ -50,6 +50,13 @@ __device__ __forceinline__ void tma_store_wait_read() { asm volatile("cp.async.b
 // They are complete.
 __device__ __forceinline__ void tma_store_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
+// One thread asks for a box to be in L2 soon.
+__device__ __forceinline__ void tma_prefetch(const CUtensorMap* map, TmaBox box) {
+  asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global [%0, {%1, %2, %3, %4}];" ::"l"(map), "r"(box.col),
+               "r"(box.row), "r"(box.head), "r"(box.batch)
+               : "memory");
+}
+
 __device__ __forceinline__ void tma_prefetch_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }

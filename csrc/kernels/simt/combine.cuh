@@ -14,7 +14,6 @@
 namespace la2::simt {
 
 constexpr int kCombineThreads = 256;
-constexpr int kCombineAhead = 16;  // segments whose loads are in flight at once
 
 // Whether anything is to be done for sequence `index` (a table of units: for unit `index`). Quick: most packed
 // sequences are short. Opaque states of two segments are as they should be.
@@ -28,59 +27,86 @@ __device__ inline bool has_segments(const TrilinearParams& params, int64_t index
   return sequence_rows(params.cu_seqlens, index, params.sizes.length).length > 2 * params.segment_len;
 }
 
+// One sequence (has_segments) and head: what is known before anything was gathered, and then its elements. kIsOpaque:
+// params.local_floats is not 0. kAhead: segments whose loads are in flight at once.
+template <class T, bool kIsOpaque, int kAhead = 16>
+class Combination {
+ public:
+  static constexpr int kSize = sizeof(Vec<T>) / sizeof(T);
+
+  __device__ Combination(const TrilinearParams& params, const TrilinearJob& job, int64_t index, int64_t head)
+      : job_(job), head_(head) {
+    int64_t unit_idx = index;
+    const Unit unit = params.units != nullptr ? find_unit(params, index) : first_unit_of(params, index, &unit_idx);
+    count_ = static_cast<int>(unit.num_segments);
+    state_ = unit.state;
+    // In the order of the sweep.
+    const int64_t first = unit_idx + (job.reverse ? count_ - 1 : 0);
+    first_ = static_cast<T*>(job.local.data) + first * job.local.stride_s + head * job.local.stride_h;
+    step_ = job.reverse ? -job.local.stride_s : job.local.stride_s;
+    const T slope = slope_of<T>(params, unit.sequence, head);
+    const int64_t last_len = unit.seq_length - (count_ - 1) * params.segment_len;
+    decay_ = rounded_decay_power(slope, static_cast<int>(params.segment_len));
+    decay_of_first_ = job.reverse ? rounded_decay_power(slope, static_cast<int>(last_len)) : decay_;
+  }
+
+  // Elements [element, element + kSize) of every segment's state.
+  __device__ void combine(int64_t element) const {
+    Vec<T> z{};
+    if (!kIsOpaque && job_.initial.data != nullptr) {
+      const State& s = job_.initial;
+      const T* from = static_cast<const T*>(s.data) + slot_of(s, state_) * s.stride_s + head_ * s.stride_h +
+                      element / job_.dim_c * s.stride_d + element % job_.dim_c * s.stride_e;
+      for (int i = 0; i < kSize; ++i) z.x[i] = from[i * s.stride_e];
+    }
+    // Opaque states: what leaves segment g takes the place of local(g), and the first one is as it should be.
+    T* place = first_ + element;
+    T factor = decay_of_first_;
+#pragma unroll 1
+    for (int first = 0; first < count_; first += kAhead) {
+      Vec<T> gathered[kAhead];
+      T* from = place;
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i, from += step_)
+        if (first + i + 1 < count_) gathered[i] = load_vec(from);  // nobody gathered the last one
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i, place += step_) {
+        if (first + i >= count_) break;
+        if (!kIsOpaque) store_global(place, z);
+#pragma unroll
+        for (int e = 0; e < kSize; ++e) z.x[e] = factor * z.x[e] + gathered[i].x[e];
+        factor = decay_;
+        if (kIsOpaque && first + i > 0 && first + i + 1 < count_) store_global(place, z);
+      }
+    }
+  }
+
+ private:
+  const TrilinearJob& job_;
+  int64_t head_, state_, step_;
+  int count_;
+  T* first_;
+  T decay_, decay_of_first_;
+};
+
 // Grid: x = blocks, which take turns at element blocks (fastest), heads and sequences (a table of units: its units, of
 // which the first of a sequence stands for it); y = jobs. A thread owns 16 bytes of the state.
-template <class T>
+template <class T, bool kIsOpaque>
 __global__ void __launch_bounds__(kCombineThreads)
     la2_combine_simt_kernel(const __grid_constant__ TrilinearParams params, int element_blocks, int num_items) {
-  constexpr int kSize = sizeof(Vec<T>) / sizeof(T);
+  using Elements = Combination<T, kIsOpaque>;
   const TrilinearJob& job = params.jobs[blockIdx.y];
-  const bool reverse = job.reverse, is_opaque = params.local_floats != 0;
-  const int heads = static_cast<int>(params.sizes.heads);
   bool has_waited = false;
   ptx::launch_dependents();
   for (int item = blockIdx.x; item < num_items; item += gridDim.x) {
-    const int index = item / element_blocks / heads, head = item / element_blocks % heads;
+    const int group = item / element_blocks, index = params.by_heads.small_quotient(group);
     if (!has_segments(params, index)) continue;
-    int64_t unit_idx = index;
-    const Unit unit = params.units != nullptr ? find_unit(params, index) : first_unit_of(params, index, &unit_idx);
-    const T slope = slope_of<T>(params, unit.sequence, head);
-    const int64_t count = unit.num_segments;
-    const int64_t last_len = unit.seq_length - (count - 1) * params.segment_len;
-    const T decay = static_cast<T>(decay_power<T>(slope, params.segment_len));
-    const T decay_of_last = static_cast<T>(decay_power<T>(slope, last_len));
+    const Elements elements(params, job, index, group - index * static_cast<int>(params.sizes.heads));
     if (!has_waited) ptx::wait_for_previous_kernel();
     has_waited = true;
-    const int64_t element = (item % element_blocks * int64_t{kCombineThreads} + threadIdx.x) * kSize;
-    if (element >= (is_opaque ? params.local_floats : int64_t{job.dim_a} * job.dim_c)) continue;
-
-    Vec<T> z{};
-    if (job.initial.data != nullptr && !is_opaque) {
-      const State& s = job.initial;
-      const T* from = static_cast<const T*>(s.data) + slot_of(s, unit.state) * s.stride_s + head * s.stride_h +
-                      element / job.dim_c * s.stride_d + element % job.dim_c * s.stride_e;
-      for (int i = 0; i < kSize; ++i) z.x[i] = from[i * s.stride_e];
-    }
-    T* const local =
-        static_cast<T*>(job.local.data) + unit_idx * job.local.stride_s + head * job.local.stride_h + element;
-    auto place = [&](int64_t step) { return local + (reverse ? count - 1 - step : step) * job.local.stride_s; };
-    // Opaque states: what leaves segment g takes the place of local(g), and the first one is as it should be.
-    for (int64_t first = 0; first < count; first += kCombineAhead) {
-      Vec<T> gathered[kCombineAhead];
-#pragma unroll
-      for (int i = 0; i < kCombineAhead; ++i)
-        if (first + i + 1 < count) gathered[i] = load_vec(place(first + i));  // nobody gathered the last one
-#pragma unroll
-      for (int i = 0; i < kCombineAhead; ++i) {
-        const int64_t step = first + i;
-        if (step >= count) break;
-        if (!is_opaque) store_global(place(step), z);
-        const T factor = reverse && step == 0 ? decay_of_last : decay;
-#pragma unroll
-        for (int e = 0; e < kSize; ++e) z.x[e] = factor * z.x[e] + gathered[i].x[e];
-        if (is_opaque && step > 0 && step + 1 < count) store_global(place(step), z);
-      }
-    }
+    const int64_t element =
+        ((item - group * element_blocks) * int64_t{kCombineThreads} + threadIdx.x) * Elements::kSize;
+    if (element < (kIsOpaque ? params.local_floats : int64_t{job.dim_a} * job.dim_c)) elements.combine(element);
   }
   if (!has_waited) ptx::wait_for_previous_kernel();  // whoever waits for this kernel waits for that one too
 }

@@ -25,7 +25,8 @@ cudaError_t launch(const TrilinearParams& params, bool overlaps, cudaStream_t st
   if (items > INT32_MAX - kMostBlocks) return cudaErrorInvalidConfiguration;
   const dim3 grid(static_cast<unsigned>(items < kMostBlocks ? items : kMostBlocks),
                   static_cast<unsigned>(params.num_jobs));
-  return launch_overlapping(la2_combine_simt_kernel<T>, grid, kCombineThreads, 0, overlaps, stream, params,
+  const auto kernel = params.local_floats != 0 ? la2_combine_simt_kernel<T, true> : la2_combine_simt_kernel<T, false>;
+  return launch_overlapping(kernel, grid, kCombineThreads, 0, overlaps, stream, params,
                             static_cast<int>(element_blocks), static_cast<int>(items));
 }
 

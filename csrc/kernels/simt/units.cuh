@@ -37,14 +37,20 @@ __device__ inline int64_t segments_of(int64_t length, int64_t segment_len) {
   return length > segment_len ? (length + segment_len - 1) / segment_len : 1;
 }
 
-__device__ inline Unit unit_of(const Sizes& sizes, int64_t sequence, int64_t batch, Span rows, int64_t segment,
-                               int64_t segment_len) {
+__device__ inline int64_t segments_of(const TrilinearParams& params, int64_t length) {
+  return length > params.segment_len ? params.by_segment_len.quotient_up(length) : 1;
+}
+
+__device__ inline Unit unit_of(const TrilinearParams& params, int64_t sequence, int64_t batch, Span rows,
+                               int64_t segment) {
+  const Sizes& sizes = params.sizes;
+  const int64_t segment_len = params.segment_len;
   const int64_t before = segment * segment_len;
   const int64_t left = rows.length - before;
   return {sequence,
           sequence,
           segment,
-          segments_of(rows.length, segment_len),
+          segments_of(params, rows.length),
           batch,
           rows.begin + before,
           left < segment_len ? left : segment_len,
@@ -60,16 +66,14 @@ __device__ inline Unit find_unit(const TrilinearParams& params, int64_t unit_idx
   if (params.units != nullptr) {
     const UnitEntry entry = params.units[unit_idx];
     if (entry.segment < 0) return {};
-    Unit unit =
-        unit_of(sizes, entry.sequence, 0, {entry.seq_begin, entry.seq_length}, entry.segment, params.segment_len);
+    Unit unit = unit_of(params, entry.sequence, 0, {entry.seq_begin, entry.seq_length}, entry.segment);
     unit.state = entry.state;
     return unit;
   }
   if (params.cu_seqlens.data == nullptr) {
-    const int64_t segments = segments_of(sizes.length, params.segment_len);
-    const int64_t sequence = unit_idx / segments;
+    const int64_t sequence = params.by_segments.quotient(unit_idx);
     if (sequence >= sizes.num_seqs) return {};
-    return unit_of(sizes, sequence, sequence, {0, sizes.length}, unit_idx - sequence * segments, params.segment_len);
+    return unit_of(params, sequence, sequence, {0, sizes.length}, unit_idx - sequence * params.by_segments.divisor);
   }
 
   constexpr unsigned kAllLanes = 0xffffffffu;
@@ -79,7 +83,7 @@ __device__ inline Unit find_unit(const TrilinearParams& params, int64_t unit_idx
     const int64_t sequence = first_seq + lane;
     int64_t units = 0;
     if (sequence < sizes.num_seqs) {
-      units = segments_of(sequence_rows(params.cu_seqlens, sequence, sizes.length).length, params.segment_len);
+      units = segments_of(params, sequence_rows(params.cu_seqlens, sequence, sizes.length).length);
     }
     int64_t units_up_to = units;  // inclusive scan over the lanes
     for (int distance = 1; distance < 32; distance *= 2) {
@@ -93,7 +97,7 @@ __device__ inline Unit find_unit(const TrilinearParams& params, int64_t unit_idx
       const int64_t segment = unit_idx - __shfl_sync(kAllLanes, units_up_to - units, owner);
       const int64_t owned = first_seq + owner;
       const Span rows = sequence_rows(params.cu_seqlens, owned, sizes.length);
-      return unit_of(sizes, owned, 0, rows, segment, params.segment_len);
+      return unit_of(params, owned, 0, rows, segment);
     }
     units_before = __shfl_sync(kAllLanes, units_up_to, 31);
   }
@@ -104,15 +108,15 @@ __device__ inline Unit find_unit(const TrilinearParams& params, int64_t unit_idx
 __device__ inline Unit first_unit_of(const TrilinearParams& params, int64_t sequence, int64_t* unit_idx) {
   const Sizes& sizes = params.sizes;
   if (params.cu_seqlens.data == nullptr) {
-    *unit_idx = sequence * segments_of(sizes.length, params.segment_len);
-    return unit_of(sizes, sequence, sequence, {0, sizes.length}, 0, params.segment_len);
+    *unit_idx = sequence * params.by_segments.divisor;
+    return unit_of(params, sequence, sequence, {0, sizes.length}, 0);
   }
   int64_t before = 0;
   for (int64_t other = threadIdx.x & 31; other < sequence; other += 32)
-    before += segments_of(sequence_rows(params.cu_seqlens, other, sizes.length).length, params.segment_len);
+    before += segments_of(params, sequence_rows(params.cu_seqlens, other, sizes.length).length);
   for (int distance = 16; distance > 0; distance /= 2) before += __shfl_xor_sync(0xffffffffu, before, distance);
   *unit_idx = before;
-  return unit_of(sizes, sequence, 0, sequence_rows(params.cu_seqlens, sequence, sizes.length), 0, params.segment_len);
+  return unit_of(params, sequence, 0, sequence_rows(params.cu_seqlens, sequence, sizes.length), 0);
 }
 
 // T: the accumulation dtype.

@@ -3,8 +3,9 @@
 
 namespace la2::sm80 {
 
-#define LA2_INSTANCE(name, ...) \
-  cudaError_t LA2_INSTANCE_FUNCTION(name)(const TrilinearParams& params, bool state_only, cudaStream_t stream);
+#define LA2_INSTANCE(name, ...)                                                                        \
+  cudaError_t LA2_INSTANCE_FUNCTION(name)(const TrilinearParams& params, const LaunchOptions& options, \
+                                          cudaStream_t stream);
 #include "launch_instance.inc"
 #undef LA2_INSTANCE
 
@@ -15,7 +16,7 @@ constexpr DType bf16 = DType::kBFloat16, fp16 = DType::kFloat16;
 
 struct Entry {
   Instance instance;
-  cudaError_t (*launch)(const TrilinearParams&, bool, cudaStream_t);
+  cudaError_t (*launch)(const TrilinearParams&, const LaunchOptions&, cudaStream_t);
 };
 constexpr Entry kEntries[] = {
 #define LA2_INSTANCE(name, dtype, tile_a, slice, split, slope_grad) \
@@ -26,13 +27,13 @@ constexpr Entry kEntries[] = {
 
 }  // namespace
 
-cudaError_t launch_trilinear(const TrilinearParams& params, const Instance& wanted, bool state_only,
+cudaError_t launch_trilinear(const TrilinearParams& params, const Instance& wanted, const LaunchOptions& options,
                              cudaStream_t stream) {
   for (const Entry& entry : kEntries) {
     const Instance& i = entry.instance;
     if (i.dtype == wanted.dtype && i.tile_a == wanted.tile_a && i.slice == wanted.slice && i.split == wanted.split &&
         i.slope_grad == wanted.slope_grad)
-      return entry.launch(params, state_only, stream);
+      return entry.launch(params, options, stream);
   }
   return cudaErrorInvalidDeviceFunction;
 }

@@ -15,9 +15,13 @@ struct Instance {
   bool split, slope_grad;
 };
 
-// Rows must be 16-byte aligned (base, strides). state_only gathers the segments' states into job.local; the main
-// pass does everything else. cudaErrorInvalidDeviceFunction: no such instance was built.
-cudaError_t launch_trilinear(const TrilinearParams& params, const Instance& instance, bool state_only,
+struct LaunchOptions {
+  bool state_only = false;  // gathers the segments' states into job.local; the main pass does everything else
+  bool overlaps = false;    // compute capability 9.0 and later: may start before the kernel before it is done
+};
+
+// Rows must be 16-byte aligned (base, strides). cudaErrorInvalidDeviceFunction: no such instance was built.
+cudaError_t launch_trilinear(const TrilinearParams& params, const Instance& instance, const LaunchOptions& options,
                              cudaStream_t stream);
 
 }  // namespace la2::sm80

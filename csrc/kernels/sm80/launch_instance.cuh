@@ -1,6 +1,7 @@
 // One instance of the sm80 kernel: a translation unit of its own, written by CMake (LA2_INSTANCE_NAME, and the
 // arguments of Config as LA2_DTYPE, LA2_TILE_A, LA2_SLICE, LA2_SPLIT, LA2_SLOPE_GRAD).
 #include "core/tile.h"
+#include "kernels/simt/launch_overlapping.h"
 #include "kernels/sm80/launch_instance.h"
 #include "kernels/sm80/trilinear.cuh"
 
@@ -11,12 +12,13 @@ using bf16 = __nv_bfloat16;  // the list's names
 using fp16 = __half;
 
 template <class Cfg, bool kStateOnly>
-cudaError_t launch(const TrilinearParams& params, cudaStream_t stream) {
+cudaError_t launch(TrilinearParams params, bool overlaps, cudaStream_t stream) {
   int64_t slices = 0;
   for (int i = 0; i < params.num_jobs; ++i) {
     const int64_t needed = (params.jobs[i].dim_c + Cfg::kSlice - 1) / Cfg::kSlice;
     if (needed > slices) slices = needed;
   }
+  for (int i = 0; i < params.num_jobs; ++i) params.jobs[i].by_slices = Division::by(slices > 0 ? slices : 1);
   const int64_t blocks = slices * params.sizes.heads * params.num_units;
   if (blocks == 0) return cudaSuccess;
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
@@ -28,16 +30,16 @@ cudaError_t launch(const TrilinearParams& params, cudaStream_t stream) {
       error != cudaSuccess)
     return error;
   const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(params.num_jobs));
-  kernel<<<grid, Cfg::kThreads, kShared, stream>>>(params, static_cast<int>(slices));
-  return cudaGetLastError();
+  return simt::launch_overlapping(kernel, grid, Cfg::kThreads, kShared, overlaps, stream, params);
 }
 
 }  // namespace
 
-cudaError_t LA2_INSTANCE_FUNCTION(LA2_INSTANCE_NAME)(const TrilinearParams& params, bool state_only,
+cudaError_t LA2_INSTANCE_FUNCTION(LA2_INSTANCE_NAME)(const TrilinearParams& params, const LaunchOptions& options,
                                                      cudaStream_t stream) {
   using Cfg = Config<LA2_DTYPE, LA2_TILE_A, LA2_SLICE / 16, LA2_SPLIT, LA2_SLOPE_GRAD>;
-  return state_only ? launch<Cfg, true>(params, stream) : launch<Cfg, false>(params, stream);
+  return options.state_only ? launch<Cfg, true>(params, options.overlaps, stream)
+                            : launch<Cfg, false>(params, options.overlaps, stream);
 }
 
 }  // namespace la2::sm80

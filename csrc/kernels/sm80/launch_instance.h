@@ -3,7 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
-#include "../trilinear.h"
+#include "launch.h"
 
 #define LA2_INSTANCE_FUNCTION_(name) launch_##name
 #define LA2_INSTANCE_FUNCTION(name) LA2_INSTANCE_FUNCTION_(name)

@@ -6,6 +6,7 @@
 
 #include "../ptx/cp_async.cuh"
 #include "../ptx/fence.cuh"
+#include "../ptx/launch_order.cuh"
 #include "../ptx/ldmatrix.cuh"
 #include "../ptx/mma.cuh"
 #include "../simt/element.cuh"
@@ -359,7 +360,7 @@ __device__ __forceinline__ float sum_of_warp(float value) {
 //                               | scores(i), inter(i) | barrier | intra(i), out(i), update(i) | barrier
 template <class Cfg, bool kStateOnly>
 __global__ void __launch_bounds__(Cfg::kThreads, 1)
-    la2_trilinear_sm80_kernel(const __grid_constant__ TrilinearParams p, int num_slices) {
+    la2_trilinear_sm80_kernel(const __grid_constant__ TrilinearParams p) {
   using T = typename Cfg::T;
   constexpr bool kPool = !Cfg::kSplit;  // states may be those of a pool; gradients' are not
   extern __shared__ __align__(128) char raw[];
@@ -368,20 +369,19 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
   const TrilinearJob& job = p.jobs[blockIdx.y];
   const bool reverse = job.reverse;
 
-  const int64_t heads = p.sizes.heads;
-  const int slice = static_cast<int>(blockIdx.x % num_slices);
-  const int64_t head = blockIdx.x / num_slices % heads;
-  const int64_t unit_idx = blockIdx.x / num_slices / heads;
+  const int group = job.by_slices.small_quotient(blockIdx.x);
+  const int slice = static_cast<int>(blockIdx.x) - group * static_cast<int>(job.by_slices.divisor);
+  const int unit_idx = p.by_heads.small_quotient(group), head = group - unit_idx * static_cast<int>(p.sizes.heads);
   const int first_col = slice * Cfg::kSlice;
   const int cols = min(job.dim_c - first_col, Cfg::kSlice);
-  if (cols <= 0) return;
+  ptx::launch_dependents();
   const simt::Unit unit = simt::find_unit(p, unit_idx);
-  if (!unit.valid) return;
+  if (cols <= 0 || !unit.valid) {
+    ptx::wait_for_previous_kernel();  // as below
+    return;
+  }
   const bool is_last = unit.segment == (reverse ? 0 : unit.num_segments - 1);  // in the order of the sweep
   if (kStateOnly && is_last && !p.states_alone) return;
-
-  const float slope = simt::slope_of<float>(p, unit.sequence, head);
-  smem.decay.fill(slope, threadIdx.x, Cfg::kThreads);
 
   const T* a = static_cast<const T*>(job.a.data) + unit.batch * job.a.stride_b + head * job.a.stride_h +
                unit.row_begin * job.a.stride_n;
@@ -400,8 +400,9 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
       smem.slope_grad[0].x = static_cast<const T*>(job.x.data) + unit.batch * job.x.stride_b + head * job.x.stride_h +
                              unit.row_begin * job.x.stride_n + first_col;
       smem.slope_grad[0].chunk_dots =
-          job.dots == nullptr ? nullptr
-                              : static_cast<float*>(job.dots) + ((slot * heads + head) * job_slices + slice) * 3;
+          job.dots == nullptr
+              ? nullptr
+              : static_cast<float*>(job.dots) + ((slot * p.sizes.heads + head) * job_slices + slice) * 3;
     }
   }
 
@@ -424,6 +425,9 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
         tile::shared_address(smem.c[stage].data), c + row * job.c.stride_n, job.c.stride_n, rows, cols, threadIdx.x);
   };
   if (num_chunks > 0) start_copy(0);
+  smem.decay.fill(simt::slope_of<float>(p, unit.sequence, head), threadIdx.x, Cfg::kThreads);
+  // The combine pass, whose states this one starts from; and whoever waits for this kernel waits for that one too.
+  ptx::wait_for_previous_kernel();
 
   // Z as it enters this segment.
   StateFragment<Cfg> z = {};
@@ -495,7 +499,7 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
       if (threadIdx.x < 3) {
         float sum = 0.f;
         for (int w = 0; w < Cfg::kWarps; ++w) sum += smem.slope_grad[0].dots[w][threadIdx.x];
-        smem.slope_grad[0].chunk_dots[chunk * heads * job_slices * 3 + threadIdx.x] = sum;
+        smem.slope_grad[0].chunk_dots[chunk * p.sizes.heads * job_slices * 3 + threadIdx.x] = sum;
       }
     }
   }
@@ -503,7 +507,10 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
   if (wants_state) {
     const int64_t slot = to_local ? unit_idx : kPool ? simt::slot_of(leaving, unit.state) : unit.sequence;
     if (slot < 0) return;
-    const int64_t offset = slot * leaving.stride_s + head * leaving.stride_h + first_col * leaving.stride_e;
+    // Computed once more: the loop has no register to keep it.
+    const int block = ptx::opaque(static_cast<int>(blockIdx.x)), slices = static_cast<int>(job.by_slices.divisor);
+    const int64_t col = int64_t{block - job.by_slices.small_quotient(block) * slices} * Cfg::kSlice;
+    const int64_t offset = slot * leaving.stride_s + head * leaving.stride_h + col * leaving.stride_e;
     simt::with_state_type<float>(kPool && leaving.is_bf16, [&](auto element_in_memory) {
       using Stored = decltype(element_in_memory);
       for_each_state_element<Cfg>(z, static_cast<Stored*>(leaving.data) + offset, leaving.stride_d, leaving.stride_e,

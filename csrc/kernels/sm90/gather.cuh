@@ -7,12 +7,13 @@ namespace la2::sm90 {
 
 // ---- config
 
-// kTileA, kSlice, kSplit: as of the trilinear kernel (trilinear.cuh). Each gatherer has 64 columns of the slice.
-template <class T_, int kTileA_, int kSlice_, bool kSplit_>
+// kTileA, kSlice, kSplit, kAlone: as of the trilinear kernel (trilinear.cuh). Each gatherer has 64 columns of the
+// slice.
+template <class T_, int kTileA_, int kSlice_, bool kSplit_, bool kAlone_ = false>
 struct GatherConfig {
   using T = T_;
   static constexpr int kTileA = kTileA_, kSlice = kSlice_;
-  static constexpr bool kSplit = kSplit_;
+  static constexpr bool kSplit = kSplit_, kAlone = kAlone_;
   using TileA = tile::SwizzledTile<T, kChunk, kTileA>;
   using TileC = tile::SwizzledTile<T, kChunk, kSlice>;
   static constexpr int kGatherers = kSlice / 64;
@@ -48,11 +49,11 @@ __device__ inline int first_step(const TrilinearParams& p, const Item& item) {
 template <class Cfg>
 __device__ __forceinline__ void produce(GatherStorage<Cfg>& smem, const TrilinearParams& p, const TrilinearJob& job,
                                         const JobMaps& maps) {
-  const Schedule schedule(job, Cfg::kSlice);
+  const Schedule<Cfg::kAlone> schedule(job);
   const int lane = threadIdx.x % 32;
   Ring<Cfg::kStages> ring;
   uint32_t tail_parity = 0;
-  for (int index = schedule.first(); index < schedule.count(p); index += schedule.step()) {
+  for (int index = schedule.first(); index < schedule.count(p); index = schedule.after(index, p)) {
     const Item item = schedule.item(p, job, index, Cfg::kSlice);
     if (!item.is_valid) break;
     for (int step = first_step(p, item); step < item.num_chunks; ++step, ring.advance()) {
@@ -65,8 +66,8 @@ __device__ __forceinline__ void produce(GatherStorage<Cfg>& smem, const Trilinea
       if (lane == 0) {
         const ptx::TmaBox box = item.box(chunk);
         ptx::mbarrier_arrive_expect(barrier, sizeof(GatherStage<Cfg>));
-        load_tile_shared<typename Cfg::TileA>(shared_address(&stage.b), &maps.b, barrier, box,
-                                              static_cast<int>(ptx::cluster_rank()), schedule.cluster);
+        load_tile_shared<typename Cfg::TileA>(shared_address(&stage.b), &maps.b, barrier, box, schedule.rank(),
+                                              schedule.cluster);
         load_tile<typename Cfg::TileC>(shared_address(&stage.c), &maps.c, barrier, box, item.first_col);
       }
       if (clears) clear_tail(stage.b, stage.c, rows, barrier, full, tail_parity, lane);
@@ -79,12 +80,12 @@ template <class Cfg>
 __device__ __forceinline__ void gather(GatherStorage<Cfg>& smem, const TrilinearParams& p, const TrilinearJob& job,
                                        int gatherer) {
   using T = typename Cfg::T;
-  const Schedule schedule(job, Cfg::kSlice);
+  const Schedule<Cfg::kAlone> schedule(job);
   const WarpgroupLane me;
   const float update = static_cast<float>(job.update);
   tile::Decay<kChunk>& powers = smem.powers[gatherer];
   Ring<Cfg::kStages> ring;
-  for (int index = schedule.first(); index < schedule.count(p); index += schedule.step()) {
+  for (int index = schedule.first(); index < schedule.count(p); index = schedule.after(index, p)) {
     const Item item = schedule.item(p, job, index, Cfg::kSlice);
     if (!item.is_valid) break;
     if (item.is_last && !p.states_alone) continue;
@@ -117,6 +118,26 @@ __device__ __forceinline__ void gather(GatherStorage<Cfg>& smem, const Trilinear
 
 // ---- kernel
 
+// One thread.
+template <class Cfg>
+__device__ __forceinline__ void init_barriers(GatherStorage<Cfg>& smem, int cluster) {
+  for (int i = 0; i < Cfg::kStages; ++i) {
+    ptx::mbarrier_init(shared_address(&smem.full[i]), 1);
+    ptx::mbarrier_init(shared_address(&smem.empty[i]), 4 * Cfg::kGatherers * cluster);
+  }
+  ptx::mbarrier_init(shared_address(&smem.tail), 1);
+  ptx::mbarrier_init_fence();
+}
+
+template <class Cfg>
+__device__ __forceinline__ void invalidate_barriers(GatherStorage<Cfg>& smem) {
+  for (int i = 0; i < Cfg::kStages; ++i) {
+    ptx::mbarrier_invalidate(shared_address(&smem.full[i]));
+    ptx::mbarrier_invalidate(shared_address(&smem.empty[i]));
+  }
+  ptx::mbarrier_invalidate(shared_address(&smem.tail));
+}
+
 // Grid: x = blocks of items, y = jobs; clusters as of the trilinear kernel.
 template <class Cfg>
 __global__ void __launch_bounds__(Cfg::kThreads, 1)
@@ -125,14 +146,7 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
   GatherStorage<Cfg>& smem = *reinterpret_cast<GatherStorage<Cfg>*>(raw);
   const TrilinearJob& job = p.jobs[blockIdx.y];
   const int cluster = static_cast<int>(ptx::cluster_size());
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < Cfg::kStages; ++i) {
-      ptx::mbarrier_init(shared_address(&smem.full[i]), 1);
-      ptx::mbarrier_init(shared_address(&smem.empty[i]), 4 * Cfg::kGatherers * cluster);
-    }
-    ptx::mbarrier_init(shared_address(&smem.tail), 1);
-    ptx::mbarrier_init_fence();
-  }
+  if (threadIdx.x == 0) init_barriers(smem, cluster);
   __syncthreads();
   ptx::launch_dependents();
   if (cluster > 1) ptx::cluster_sync();

@@ -29,11 +29,13 @@ struct LaunchOptions {
   int cluster = 1;              // slices of one head side by side in a cluster, which share the copies of a and b
   int64_t max_blocks = 0;       // of a job; a block takes every max_blocks-th item. 0: a block for each item
   bool state_only = false;      // gathers the segments' states into job.local; the main pass does everything else
+  bool in_one_pass = false;     // all passes in one kernel, whose blocks are all resident: out in slices of 64
   bool overlaps = false;        // may start before the kernel before it is done
   bool reads_previous = false;  // and then waits for it where it reads states
 };
 
 // Rows must be 16-byte aligned (base, strides). cudaErrorInvalidDeviceFunction: no such instance was built.
+// cudaErrorCooperativeLaunchTooLarge: not all blocks can be resident, nothing was launched.
 cudaError_t launch_trilinear(const TrilinearParams& params, const Instance& instance, const LaunchOptions& options,
                              cudaStream_t stream);
 

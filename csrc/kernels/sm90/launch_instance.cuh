@@ -2,6 +2,7 @@
 // (LA2_INSTANCE_NAME, and the arguments of Config as LA2_DTYPE, LA2_TILE_A, LA2_SLICE, LA2_SPLIT, LA2_PAIR).
 #include "kernels/sm90/gather.cuh"
 #include "kernels/sm90/launch_instance.h"
+#include "kernels/sm90/one_pass.cuh"
 #include "kernels/sm90/trilinear.cuh"
 
 namespace la2::sm90 {
@@ -12,10 +13,11 @@ using fp16 = __half;
 
 }  // namespace
 
-cudaError_t LA2_INSTANCE_FUNCTION(LA2_INSTANCE_NAME)(const TrilinearParams& params, const TrilinearMaps& maps,
+cudaError_t LA2_INSTANCE_FUNCTION(LA2_INSTANCE_NAME)(const TrilinearParams& given, const TrilinearMaps& maps,
                                                      const LaunchOptions& options, cudaStream_t stream) {
   constexpr int kMostShared = 227 * 1024;  // of a block of compute capability 9.0
   using Cfg = Config<LA2_DTYPE, LA2_TILE_A, LA2_SLICE, LA2_SPLIT, LA2_PAIR>;
+  TrilinearParams params = given;
   const int64_t blocks = blocks_of_items(params, options, Cfg::kSlice);
   if (options.state_only) {
     using Gather = GatherConfig<LA2_DTYPE, LA2_TILE_A, LA2_SLICE, LA2_SPLIT>;
@@ -26,6 +28,15 @@ cudaError_t LA2_INSTANCE_FUNCTION(LA2_INSTANCE_NAME)(const TrilinearParams& para
     return cudaErrorInvalidDeviceFunction;  // the instance without `both` serves it
   }
   static_assert(sizeof(SharedStorage<Cfg>) <= kMostShared);
+  if (options.in_one_pass) {
+    if constexpr (kHasOnePass<Cfg>) {
+      static_assert(sizeof(OnePassStorage<Cfg>) <= kMostShared);
+      const bool combines = params.by_segments.divisor > 2 || params.cu_seqlens.data != nullptr;
+      return launch_kernel(la2_one_pass_sm90_kernel<Cfg>, blocks, 1, Cfg::kThreads, sizeof(OnePassStorage<Cfg>),
+                           options, stream, params, maps, combines);
+    }
+    return cudaErrorInvalidDeviceFunction;
+  }
   return launch_kernel(la2_trilinear_sm90_kernel<Cfg>, blocks, Cfg::kBoth ? 1 : params.num_jobs, Cfg::kThreads,
                        sizeof(SharedStorage<Cfg>), options, stream, params, maps, options.reads_previous);
 }

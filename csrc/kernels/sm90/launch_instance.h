@@ -10,12 +10,13 @@
 
 namespace la2::sm90 {
 
-// Blocks along x: whole clusters, as many as there are items or as options.max_blocks allows.
-inline int64_t blocks_of_items(const TrilinearParams& params, const LaunchOptions& options, int slice) {
+// Sets the jobs' by_slices. Blocks along x: whole clusters, as many as there are items or as options.max_blocks allows.
+inline int64_t blocks_of_items(TrilinearParams& params, const LaunchOptions& options, int slice) {
   int64_t groups = 0;
   for (int i = 0; i < params.num_jobs; ++i) {
     const int64_t slices = (params.jobs[i].dim_c + slice - 1) / slice;
     const int64_t needed = (slices + options.cluster - 1) / options.cluster;
+    params.jobs[i].by_slices = Division::by(needed > 0 ? needed : 1);
     if (needed > groups) groups = needed;
   }
   int64_t clusters = groups * params.sizes.heads * params.num_units;
@@ -34,7 +35,7 @@ cudaError_t launch_kernel(Kernel kernel, int64_t blocks, int jobs, int threads, 
           cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
       error != cudaSuccess)
     return error;
-  cudaLaunchAttribute attributes[2];
+  cudaLaunchAttribute attributes[3];
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(jobs));
   config.blockDim = dim3(static_cast<unsigned>(threads));
@@ -50,6 +51,11 @@ cudaError_t launch_kernel(Kernel kernel, int64_t blocks, int jobs, int threads, 
     cudaLaunchAttribute& overlap = attributes[config.numAttrs++];
     overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     overlap.val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (options.in_one_pass) {
+    cudaLaunchAttribute& cooperative = attributes[config.numAttrs++];
+    cooperative.id = cudaLaunchAttributeCooperative;
+    cooperative.val.cooperative = 1;
   }
   return cudaLaunchKernelEx(&config, kernel, args...);
 }

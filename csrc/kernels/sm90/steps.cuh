@@ -41,7 +41,7 @@ struct Weights {
 
   __device__ void fill(float slope, float inter, float intra, bool reverse, int thread, int num_threads) {
     for (int x = thread; x <= kChunk; x += num_threads) {
-      const float power = static_cast<float>(decay_power<float>(slope, x));
+      const float power = rounded_decay_power(slope, x);
       mask_[kChunk + (reverse ? -x : x)] = intra * power;
       if (x > 0) mask_[kChunk + (reverse ? x : -x)] = 0.f;
       row[x] = inter * power;
@@ -145,7 +145,8 @@ __device__ __forceinline__ void store_out(Tile (&staging)[1], const Accumulators
     __syncwarp();
     T* to = static_cast<T*>(job.out.data) + item.batch * job.out.stride_b + item.head * job.out.stride_h +
             static_cast<int64_t>(item.row_begin + chunk * kChunk) * job.out.stride_n + item.first_col;
-    store_rows_directly<Tile>(to, job.out.stride_n, tile, first_row, rows, job.dim_c - item.first_col, me.lane);
+    store_rows_directly<Tile>(to, job.out.stride_n, tile, first_row, rows, job.dim_c - item.first_col,
+                              ptx::opaque(me.lane));
     return;
   }
   ptx::fence_proxy_async();

@@ -22,6 +22,7 @@ struct Config {
   using T = T_;
   static constexpr int kTileA = kTileA_, kSlice = kSlice_;
   static constexpr bool kSplit = kSplit_, kBoth = kBoth_;
+  static constexpr bool kAlone = false;  // one item to a block, no clusters (work.cuh)
   static constexpr bool kSplitsValues = kSplit && (kSlice == 64 || kBoth);
   static constexpr bool kNeedsRange = std::is_same<T, __half>::value;  // 65504 ends it, and a state may not
 
@@ -59,6 +60,7 @@ struct SharedStorage {
   typename Cfg::TileC out[1];                                  // [C, slice] on its way to memory
   typename Cfg::TileA second_out[Cfg::kBoth];                  // [C, Da]
   Weights weights;                                             // of the output warpgroup
+  Item item;                                                   // its own, where it has no registers to keep it
   tile::Decay<kChunk> powers;                                  // of the state warpgroup, which may be an item ahead
   float range_undo[Cfg::kStateBuffers];                        // fp16: the state's operand was divided by this
   alignas(16) float largest[4];                                // read as one vector
@@ -148,11 +150,11 @@ __device__ __forceinline__ float operand_range(const StateAccumulators<Cfg>& z, 
 template <class Cfg>
 __device__ __forceinline__ void produce(SharedStorage<Cfg>& smem, const TrilinearParams& p, const TrilinearJob& job,
                                         const JobMaps* maps) {
-  const Schedule schedule(job, Cfg::kSlice);
+  const Schedule<Cfg::kAlone> schedule(job);
   const int lane = threadIdx.x % 32;
   Ring<Cfg::kStages> ring;
   uint32_t tail_parity = 0;
-  for (int index = schedule.first(); index < schedule.count(p); index += schedule.step()) {
+  for (int index = schedule.first(); index < schedule.count(p); index = schedule.after(index, p)) {
     const Item item = schedule.item(p, job, index, Cfg::kSlice);
     if (!item.is_valid) break;
     for (int step = 0; step < item.num_chunks; ++step, ring.advance()) {
@@ -166,10 +168,10 @@ __device__ __forceinline__ void produce(SharedStorage<Cfg>& smem, const Trilinea
       if (lane == 0) {
         const ptx::TmaBox box = item.box(chunk);
         ptx::mbarrier_arrive_expect(barrier, sizeof(Stage<Cfg>));
-        load_tile_shared<typename Cfg::TileA>(shared_address(&stage.b), &maps->b, barrier, box,
-                                              static_cast<int>(ptx::cluster_rank()), schedule.cluster);
-        load_tile_shared<typename Cfg::TileA>(shared_address(&stage.a), &maps->a, barrier, box,
-                                              static_cast<int>(ptx::cluster_rank()), schedule.cluster);
+        load_tile_shared<typename Cfg::TileA>(shared_address(&stage.b), &maps->b, barrier, box, schedule.rank(),
+                                              schedule.cluster);
+        load_tile_shared<typename Cfg::TileA>(shared_address(&stage.a), &maps->a, barrier, box, schedule.rank(),
+                                              schedule.cluster);
         load_tile<typename Cfg::TileC>(shared_address(&stage.c), &maps->c, barrier, box, item.first_col);
         if constexpr (Cfg::kBoth)
           load_tile<typename Cfg::TileC>(shared_address(&stage.second_a[0]), &maps[1].a, barrier, box, 0);
@@ -185,14 +187,14 @@ template <class Cfg>
 __device__ __forceinline__ void write_outputs(SharedStorage<Cfg>& smem, const TrilinearParams& p,
                                               const TrilinearJob& job, const JobMaps& maps) {
   using T = typename Cfg::T;
-  const Schedule schedule(job, Cfg::kSlice);
+  const Schedule<Cfg::kAlone> schedule(job);
   const WarpgroupLane me;
   const bool reverse = job.reverse;
   const bool is_packed = p.cu_seqlens.data != nullptr;
   const float inter = static_cast<float>(job.inter), intra = static_cast<float>(job.intra);
   Ring<Cfg::kStages> ring;
   Ring<Cfg::kStateBuffers> state_ring;
-  for (int index = schedule.first(); index < schedule.count(p); index += schedule.step()) {
+  for (int index = schedule.first(); index < schedule.count(p); index = schedule.after(index, p)) {
     const Item item = schedule.item(p, job, index, Cfg::kSlice);
     if (!item.is_valid) break;
     if (item.num_chunks == 0) continue;
@@ -256,21 +258,23 @@ __device__ __forceinline__ void write_both_outputs(SharedStorage<Cfg>& smem, con
                                                    const JobMaps* maps) {
   using T = typename Cfg::T;
   const TrilinearJob &first = p.jobs[0], &second = p.jobs[1];
-  const Schedule schedule(first, Cfg::kSlice);
+  const Schedule<Cfg::kAlone> schedule(first);
   const WarpgroupLane me;
   constexpr bool reverse = true;  // the pair is dk and dv
   const bool is_packed = p.cu_seqlens.data != nullptr;
   const float inter = static_cast<float>(first.inter), intra = static_cast<float>(first.intra);
   Ring<Cfg::kStages> ring;
   Ring<Cfg::kStateBuffers> state_ring;
-  for (int index = schedule.first(); index < schedule.count(p); index += schedule.step()) {
-    const Item item = schedule.item(p, first, index, Cfg::kSlice);
-    if (!item.is_valid) break;
-    if (item.num_chunks == 0) continue;
+  for (int index = schedule.first(); index < schedule.count(p); index = schedule.after(index, p)) {
+    const Item found = schedule.item(p, first, index, Cfg::kSlice);
+    if (!found.is_valid) break;
+    if (found.num_chunks == 0) continue;
     ptx::named_barrier_sync(kOutputWarps, 128);  // nobody reads the last item's powers any more
-    smem.weights.fill(simt::slope_of<float>(p, item.sequence, item.head), inter, intra, reverse, threadIdx.x % 128,
+    if (threadIdx.x % 128 == 0) smem.item = found;
+    smem.weights.fill(simt::slope_of<float>(p, found.sequence, found.head), inter, intra, reverse, threadIdx.x % 128,
                       128);
     ptx::named_barrier_sync(kOutputWarps, 128);
+    const Item& item = smem.item;
 
     uint32_t masked[kChunk / 16][4], second_masked[kChunk / 16][4], diagonal[4], second_diagonal[4];
     {
@@ -292,11 +296,11 @@ __device__ __forceinline__ void write_both_outputs(SharedStorage<Cfg>& smem, con
       Accumulators<Cfg::kSlice / 2> out;
       Accumulators<Cfg::kTileA / 2> second_out;
       ptx::mbarrier_wait(shared_address(&smem.state_full[state]), state_ring.parity);
-      issue_inter<T, tile::RowsOperand>(out, stage.a, smem.state[state]);
-      issue_inter<T, tile::ColumnsOperand>(second_out, stage.second_a[0], smem.state[state]);
       const int row = me.warp * 16 + me.group;
       float upper = row_weight(smem.weights, reverse, rows, row),
             lower = row_weight(smem.weights, reverse, rows, row + 8);
+      issue_inter<T, tile::RowsOperand>(out, stage.a, smem.state[state]);
+      issue_inter<T, tile::ColumnsOperand>(second_out, stage.second_a[0], smem.state[state]);
       if constexpr (Cfg::kNeedsRange) {
         const float undo = range_undo_of(smem, state);
         upper *= undo;
@@ -350,14 +354,14 @@ template <class Cfg>
 __device__ __forceinline__ void carry_state(SharedStorage<Cfg>& smem, const TrilinearParams& p, const TrilinearJob& job,
                                             bool reads_previous) {
   using T = typename Cfg::T;
-  const Schedule schedule(job, Cfg::kSlice);
+  const Schedule<Cfg::kAlone> schedule(job);
   const WarpgroupLane me;
   const bool reverse = job.reverse;
   const float update = static_cast<float>(job.update);
   Ring<Cfg::kStages> ring;
   Ring<Cfg::kStateBuffers> state_ring;
   if (reads_previous) ptx::wait_for_previous_kernel();
-  for (int index = schedule.first(); index < schedule.count(p); index += schedule.step()) {
+  for (int index = schedule.first(); index < schedule.count(p); index = schedule.after(index, p)) {
     const Item item = schedule.item(p, job, index, Cfg::kSlice);
     if (!item.is_valid) break;
     ptx::named_barrier_sync(kStateWarps, 128);
@@ -409,57 +413,27 @@ __device__ __forceinline__ void carry_state(SharedStorage<Cfg>& smem, const Tril
 
 // ---- kernel
 
-// A block (or a cluster, whose blocks have neighbouring slices of Dc and share the copies of a and b) walks its items,
-// each a segment of a sequence for one head.
-// reads_previous: the kernel before this one wrote job.local.
-//
-// Grid: x = blocks of items, y = jobs. Three warpgroups, chunk i:
-//
-//   producer   copy(i+2) ........................................
-//   output     | scores(i+1) | wait Z(i) | a Z(i) | mask(i) | scores c | store(i) ...
-//   state      | Z(i) rounded | wait copy(i) | Z(i+1) = lambda^C Z(i) + b^T w c | Z(i+1) rounded ...
-//
-// A hang is impossible by construction: every wait is for arrivals counted from the roles in init below, and each role
-// walks the same chunks.
+// One thread.
 template <class Cfg>
-__global__ void __launch_bounds__(Cfg::kThreads, 1)
-    la2_trilinear_sm90_kernel(const __grid_constant__ TrilinearParams p, const __grid_constant__ TrilinearMaps maps,
-                              bool reads_previous) {
-  extern __shared__ __align__(1024) char raw[];
-  SharedStorage<Cfg>& smem = *reinterpret_cast<SharedStorage<Cfg>*>(raw);
-  const TrilinearJob& job = p.jobs[blockIdx.y];
-  const JobMaps* job_maps = &maps.jobs[blockIdx.y];
-  const int cluster = static_cast<int>(ptx::cluster_size());
-  if (p.units != nullptr) {  // more blocks than the device found units for: nothing to do
-    const Schedule schedule(job, Cfg::kSlice);
-    if (p.units[schedule.first() / schedule.slice_groups / static_cast<int>(p.sizes.heads)].segment < 0) {
-      if (blockIdx.x == 0) ptx::wait_for_previous_kernel();  // as below
-      return;
-    }
+__device__ __forceinline__ void init_barriers(SharedStorage<Cfg>& smem, int cluster) {
+  constexpr int kWarpsOfRole = 4;
+  constexpr int kConsumerWarps = 2 * kWarpsOfRole;
+  for (int i = 0; i < Cfg::kStages; ++i) {
+    ptx::mbarrier_init(shared_address(&smem.full[i]), 1);
+    ptx::mbarrier_init(shared_address(&smem.empty[i]), kConsumerWarps * cluster);
   }
-
-  if (threadIdx.x == 0) {
-    constexpr int kWarpsOfRole = 4;
-    constexpr int kConsumerWarps = 2 * kWarpsOfRole;
-    for (int i = 0; i < Cfg::kStages; ++i) {
-      ptx::mbarrier_init(shared_address(&smem.full[i]), 1);
-      ptx::mbarrier_init(shared_address(&smem.empty[i]), kConsumerWarps * cluster);
-    }
-    ptx::mbarrier_init(shared_address(&smem.tail), 1);
-    for (int i = 0; i < Cfg::kStateBuffers; ++i) {
-      ptx::mbarrier_init(shared_address(&smem.state_full[i]), kWarpsOfRole);
-      ptx::mbarrier_init(shared_address(&smem.state_empty[i]), kWarpsOfRole);
-    }
-    ptx::mbarrier_init_fence();
-    ptx::tma_prefetch_map(&job_maps->b);
-    ptx::tma_prefetch_map(&job_maps->c);
+  ptx::mbarrier_init(shared_address(&smem.tail), 1);
+  for (int i = 0; i < Cfg::kStateBuffers; ++i) {
+    ptx::mbarrier_init(shared_address(&smem.state_full[i]), kWarpsOfRole);
+    ptx::mbarrier_init(shared_address(&smem.state_empty[i]), kWarpsOfRole);
   }
-  __syncthreads();
-  // What is launched behind dk and dv reads states as well, and does not wait for them itself.
-  if (Cfg::kBoth && reads_previous) ptx::wait_for_previous_kernel();
-  ptx::launch_dependents();
-  if (cluster > 1) ptx::cluster_sync();
+  ptx::mbarrier_init_fence();
+}
 
+// All threads, once: each warpgroup takes its registers and its role.
+template <class Cfg>
+__device__ __forceinline__ void run_roles(SharedStorage<Cfg>& smem, const TrilinearParams& p, const TrilinearJob& job,
+                                          const JobMaps* job_maps, bool reads_previous) {
   const int role = threadIdx.x / 128;
   if (role == 0) {
     ptx::registers_release<Cfg::kProducerRegisters>();
@@ -475,6 +449,49 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
     ptx::registers_acquire<Cfg::kConsumerRegisters>();
     carry_state<Cfg>(smem, p, job, reads_previous);
   }
+}
+
+// A block (or a cluster, whose blocks have neighbouring slices of Dc and share the copies of a and b) walks its items,
+// each a segment of a sequence for one head.
+// reads_previous: the kernel before this one wrote job.local.
+//
+// Grid: x = blocks of items, y = jobs. Three warpgroups, chunk i:
+//
+//   producer   copy(i+2) ........................................
+//   output     | scores(i+1) | wait Z(i) | a Z(i) | mask(i) | scores c | store(i) ...
+//   state      | Z(i) rounded | wait copy(i) | Z(i+1) = lambda^C Z(i) + b^T w c | Z(i+1) rounded ...
+//
+// A hang is impossible by construction: every wait is for arrivals counted from the roles in init_barriers, and each
+// role walks the same chunks.
+template <class Cfg>
+__global__ void __launch_bounds__(Cfg::kThreads, 1)
+    la2_trilinear_sm90_kernel(const __grid_constant__ TrilinearParams p, const __grid_constant__ TrilinearMaps maps,
+                              bool reads_previous) {
+  extern __shared__ __align__(1024) char raw[];
+  SharedStorage<Cfg>& smem = *reinterpret_cast<SharedStorage<Cfg>*>(raw);
+  const TrilinearJob& job = p.jobs[blockIdx.y];
+  const JobMaps* job_maps = &maps.jobs[blockIdx.y];
+  const int cluster = static_cast<int>(ptx::cluster_size());
+  if (p.units != nullptr) {  // more blocks than the device found units for: nothing to do
+    const Schedule<Cfg::kAlone> schedule(job);
+    if (p.units[p.by_heads.small_quotient(schedule.unit_and_head(schedule.first()))].segment < 0) {
+      if (blockIdx.x == 0) ptx::wait_for_previous_kernel();  // as below
+      return;
+    }
+  }
+
+  if (threadIdx.x == 0) {
+    init_barriers(smem, cluster);
+    ptx::tma_prefetch_map(&job_maps->b);
+    ptx::tma_prefetch_map(&job_maps->c);
+  }
+  __syncthreads();
+  // What is launched behind dk and dv reads states as well, and does not wait for them itself.
+  if (Cfg::kBoth && reads_previous) ptx::wait_for_previous_kernel();
+  ptx::launch_dependents();
+  if (cluster > 1) ptx::cluster_sync();
+
+  run_roles(smem, p, job, job_maps, reads_previous);
   // A block may not go while others of its cluster still copy to it or arrive at its barriers.
   if (ptx::cluster_size() > 1) ptx::cluster_sync();
   // Whoever waits for this kernel has thereby waited for the one that it overlaps.

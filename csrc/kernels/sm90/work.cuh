@@ -32,37 +32,57 @@ struct Item {
   __device__ ptx::TmaBox box(int chunk) const { return {0, row_begin + chunk * kChunk, head, batch}; }
 };
 
+// How many blocks work on neighbouring slices of a head side by side.
+template <bool kAlone>
+struct Cluster {
+  const int cluster = static_cast<int>(ptx::cluster_size());  // 1, 2 or 4
+  __device__ int rank() const { return static_cast<int>(ptx::cluster_rank()); }
+};
+template <>
+struct Cluster<true> {
+  static constexpr int cluster = 1;
+  __device__ int rank() const { return 0; }
+};
+
 // Where the items of this block's job are, and in which order it takes them. What only every item asks for is computed
-// anew each time: consumers have no registers to keep it.
-struct Schedule {
-  int cluster, slice_groups;
+// anew each time: consumers have no registers to keep it. kAlone: a block has one item and is in no cluster.
+template <bool kAlone>
+struct Schedule : Cluster<kAlone> {
+  using Cluster<kAlone>::cluster;
+  const Division& by_groups;  // of slices, a cluster each
 
-  __device__ Schedule(const TrilinearJob& job, int slice_cols) : cluster(static_cast<int>(ptx::cluster_size())) {
-    const int slices = (job.dim_c + slice_cols - 1) / slice_cols;
-    slice_groups = (slices + cluster - 1) / cluster;
+  __device__ explicit Schedule(const TrilinearJob& job) : by_groups(job.by_slices) {}
+
+  // Opaque: else what one pass computes of an item would be kept for the next.
+  __device__ int first() const {
+    const int block = static_cast<int>(blockIdx.x);
+    return clusters_of(kAlone ? ptx::opaque(block) : block);
   }
-
-  __device__ int first() const { return static_cast<int>(blockIdx.x) / cluster; }
-  __device__ int step() const { return static_cast<int>(gridDim.x) / cluster; }
+  __device__ int after(int index, const TrilinearParams& params) const {
+    return kAlone ? count(params) : index + clusters_of(static_cast<int>(gridDim.x));
+  }
   // The launch has seen to it that this fits.
   __device__ int count(const TrilinearParams& params) const {
-    return static_cast<int>(params.num_units) * static_cast<int>(params.sizes.heads) * slice_groups;
+    return static_cast<int>(params.num_units) * static_cast<int>(params.sizes.heads) *
+           static_cast<int>(by_groups.divisor);
   }
+  __device__ int clusters_of(int blocks) const { return blocks >> (__ffs(cluster) - 1); }
+  __device__ int unit_and_head(int index) const { return by_groups.small_quotient(index); }
 
   // Slices fastest, then heads, then units. Whole warps, every lane with the same index.
   __device__ Item item(const TrilinearParams& params, const TrilinearJob& job, int index, int slice_cols) const {
     const int heads = static_cast<int>(params.sizes.heads);
-    const int unit_idx = index / slice_groups / heads;
+    const int both = unit_and_head(index), unit_idx = params.by_heads.small_quotient(both);
     const simt::Unit unit = simt::find_unit(params, unit_idx);
     Item item;
     item.unit = unit_idx;
     item.sequence = static_cast<int>(unit.sequence);
     item.state = static_cast<int>(unit.state);
     item.batch = static_cast<int>(unit.batch);
-    item.head = index / slice_groups % heads;
+    item.head = both - unit_idx * heads;
     item.row_begin = static_cast<int>(unit.row_begin);
     item.length = static_cast<int>(unit.length);
-    item.first_col = (index % slice_groups * cluster + static_cast<int>(ptx::cluster_rank())) * slice_cols;
+    item.first_col = ((index - both * static_cast<int>(by_groups.divisor)) * cluster + this->rank()) * slice_cols;
     item.num_chunks = (item.length + kChunk - 1) / kChunk;
     item.is_valid = unit.valid;
     item.reverse = job.reverse;

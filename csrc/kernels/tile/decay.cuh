@@ -18,10 +18,10 @@ struct Decay {
   __device__ const float* against(bool reverse) const { return reverse ? ascending() : descending(); }
 
   __device__ void fill(float slope, int thread, int num_threads) {
-    for (int x = thread - kChunk; x <= kChunk; x += num_threads) {
-      const float power = static_cast<float>(decay_power<float>(slope, abs(x)));
-      ascending_[x + kChunk] = x >= 0 ? power : 0.f;
-      descending_[x + kChunk] = x <= 0 ? power : 0.f;
+    for (int x = thread; x <= kChunk; x += num_threads) {
+      const float power = rounded_decay_power(slope, x), acausal = x == 0 ? power : 0.f;
+      ascending_[kChunk + x] = descending_[kChunk - x] = power;
+      ascending_[kChunk - x] = descending_[kChunk + x] = acausal;
     }
   }
 };
