@@ -26,14 +26,13 @@ constexpr double kGBs = 3800;                      // 0.89 of what a copy moves
 constexpr double kFirstUs = 7.2;                   // launch, first copies, last stores
 constexpr double kStatePassUs = 5.7;               // the same of the passes before
 constexpr double kCombineUs = 5.0;
-constexpr double kTurnUs = 5.0;  // from one item of a block to its next
+constexpr double kTurnUs = 8.0;  // from one item of a block to its next
 constexpr double kDqUs = 7.2,
                  kDqBehindUs = 20.0;  // of dq: beside dk and dv on a quarter of the SMs or more; behind them
 constexpr double kBeside = 1.13;      // dk and dv while dq is computed on other SMs
 constexpr double kTogetherUs = 5.5;   // in one pass: blocks wait for each other
 constexpr double kSegmentUs = 0.08;   // and walk what each segment gathered
 constexpr double kBytesInL2 = 40e6;   // of b and c, which the main pass then finds there
-constexpr int64_t kMinSegmentOfOnePass = 128;
 constexpr int kBytes = 2;
 constexpr int64_t kMostTurns = 1000;  // blocks of a launch for each that is resident
 
@@ -115,13 +114,14 @@ double launch_us(const DeviceProps& device, const Walk& walk, int64_t width, int
   return std::pow(std::pow(walking + std::max(turns, 0.0), 8) + std::pow(copying, 8), 1.0 / 8);
 }
 
-// Segments to consider, forward also the number that one pass has room for, and half of it.
+// Segments to consider, forward also as many as one pass has room for, and short ones.
 std::vector<int64_t> counts_with_one_pass(const Problem& p, const DeviceProps& device, const Forced& forced) {
   std::vector<int64_t> counts = counts_of_segments(p, forced);
   if (p.backward || forced.segments > 0) return counts;
   const int64_t items = std::max<int64_t>(1, p.heads * ceil_div(p.dim_v, 64) * (p.packed ? 1 : p.num_seqs));
-  for (const int64_t n : {device.num_sms / items, device.num_sms / items / 2})
-    if (n > 1 && n <= kMaxSegments && n <= p.length / kMinSegmentOfOnePass) counts.push_back(n);
+  const int64_t room = std::min(kMaxSegments, device.num_sms / items), chunks = p.length / kChunk;
+  for (const int64_t n : {room, room / 2, chunks, chunks / 2, chunks / 4})
+    if (n > 1 && n <= room && n <= chunks) counts.push_back(n);
   std::sort(counts.begin(), counts.end());
   return counts;
 }

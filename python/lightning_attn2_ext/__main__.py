@@ -27,6 +27,7 @@ and, on a CPU or a GPU, with tables, JSON and plots:
   bench accuracy  the distance of each of them from float64
   bench layer     transformers' MiniMax layer as it is and on this operator
   bench train     a language model trained with each of them from one seed
+  bench plans     the planner's predictions beside the time of its plan and others
   bench calibrate the constants of the planner's cost model, on a Hopper GPU
 
 Each takes --help."""
@@ -41,6 +42,7 @@ _COMMANDS = {
     ("bench", "ops"): "bench.ops",
     ("bench", "map"): "bench.map",
     ("bench", "calibrate"): "bench.calibrate",
+    ("bench", "plans"): "bench.plans",
     **{("bench", name): f"bench.{name}" for name in _TABLES},
     ("bench", "scale"): "bench.scale",
     ("bench", "paper"): "bench.paper.cli",

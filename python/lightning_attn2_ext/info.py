@@ -80,7 +80,7 @@ def plan_line(problem: str, device: str) -> str:
     """How a GPU such as "sm_90x132" would be used for ``problem``, in the planner's own words.
 
     ``problem`` is "B,H,N,Dk,Dv,dtype", and may go on with ",backward", ",dslope" and ",packed=NUM_SEQS". No GPU is
-    needed to ask. A line that starts with "no plan" says why there is none.
+    needed to ask; LA2_PLAN is heeded. A line that starts with "no plan" says why there is none.
     """
     for library in (_CPU_LIBRARY, _CUDA_LIBRARY):
         function = _c_function(library, "la2_plan_line")
