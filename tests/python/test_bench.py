@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_attn2_ext import slopes, testing
-from lightning_attn2_ext.bench import cpu, gate, ops, peers, plots, report
+from lightning_attn2_ext.bench import cpu, gate, ops, peers, plots, report, timing
 
 
 def problem(n=300, dtype=torch.float32):
@@ -139,3 +139,11 @@ def test_what_was_recorded_is_shown_and_drawn(tmp_path, capsys):
     assert ops.main(["--from", str(tmp_path / "ops.json"), "--plot", str(tmp_path / "ops.png")]) == 0
     assert (tmp_path / "ops.png").stat().st_size > 1000
     assert "80 %" in capsys.readouterr().out
+
+
+def test_the_device_is_kept_busy_for_longer_than_the_host():
+    """A call that keeps the host busy for longer would be timed with the host's time in it."""
+    assert timing.flushes_behind(0.0) == 2
+    for host_s in (1e-6, 1e-4, 6e-4, 5e-3):
+        assert timing.flushes_behind(host_s) * timing.FASTEST_FLUSH_S >= 2 * host_s
+    assert timing.flushes_behind(60.0) == 100

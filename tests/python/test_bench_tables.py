@@ -289,6 +289,30 @@ def test_train(tmp_path, capsys):
     assert "largest gap" in capsys.readouterr().out
 
 
+def test_train_goes_on_where_it_was_cut_off(tmp_path, monkeypatch):
+    target = tmp_path / "out.json"
+    command = ["--quick", "--device", "cpu", "--json", str(target)]
+    trained, train_one = [], train.train
+
+    def counted(name, *arguments):
+        trained.append(name)
+        if trained == [train.REFERENCE, train.OURS]:
+            raise KeyboardInterrupt
+        return train_one(name, *arguments)
+
+    monkeypatch.setattr(train, "train", counted)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(command)
+    assert [r["op"] for r in results(target)["results"]] == [train.REFERENCE]
+    assert train.main([*command, "--resume"]) == 0
+    assert trained == [train.REFERENCE, train.OURS, train.OURS]
+    # Another run is no part of this one.
+    assert train.main([*command, "--resume", "--seed", "1"]) == 0
+    assert trained[3:] == [train.REFERENCE, train.OURS]
+    with pytest.raises(SystemExit):
+        train.main(["--quick", "--resume"])
+
+
 def test_train_sees_a_wrong_gradient(monkeypatch):
     """Whose values are right, so that only the later losses can tell."""
 
@@ -319,8 +343,8 @@ def test_no_cuda_is_said(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("benchmark", [compare, speed, memory, decode, extend, accuracy, train])
-def test_on_a_gpu(benchmark, tmp_path):
+@pytest.mark.parametrize("module", [compare, speed, memory, decode, extend, accuracy, train])
+def test_on_a_gpu(module, tmp_path):  # not "benchmark": the plugin pytest-benchmark has a fixture of that name
     target = tmp_path / "out.json"
-    assert benchmark.main(["--quick", "--device", "cuda", "--json", str(target)]) == 0
+    assert module.main(["--quick", "--device", "cuda", "--json", str(target)]) == 0
     assert results(target)["environment"]["device"].startswith("cuda")

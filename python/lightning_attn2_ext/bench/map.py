@@ -115,7 +115,7 @@ def picture(path: pathlib.Path, results: list[dict], caption: str) -> None:
         axis.set_yticks(range(len(heads)), heads)
         axis.set_xlabel("length N")
         axis.set_ylabel("B H")
-        axis.set_title(f"{what}: time of the fastest peer over ours (softmax over ours)")
+        axis.set_title(f"{what}: time of the fastest peer over ours\n(softmax over ours)")
     figure.supxlabel(caption, fontsize=7, color="#495057")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)

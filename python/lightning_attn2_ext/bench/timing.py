@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import statistics
 import time
 from collections.abc import Callable
 
 import torch
 
-#: Rewritten between two timed calls on a GPU. Larger than any L2 (H200: 50 MiB), and so large that the host is
-#: done queueing the timed call before the device is done writing: launch costs of the host stay out of device times.
+#: Rewritten between two timed calls on a GPU, larger than any L2 (H200: 50 MiB), and so often that the host is done
+#: queueing the timed call before the device is done writing: launch costs of the host stay out of device times.
 FLUSH_BYTES = 1 << 30
+FASTEST_FLUSH_S = 0.2e-3  # of one, at 5 TB/s
+
+
+def flushes_behind(host_s: float) -> int:
+    """How often to flush before a call that keeps the host busy for ``host_s``: twice as long, at least twice."""
+    return min(2 + math.ceil(2 * host_s / FASTEST_FLUSH_S), 100)
 
 
 def keep_freed_memory() -> bool:
@@ -51,12 +58,16 @@ class CudaClock:
         self.flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
 
     def median(self, call: Callable[[], object], repeats: int = 20, warmup: int = 3) -> float:
+        host_s = 0.0
         for _ in range(warmup):
+            torch.cuda.synchronize(self.device)
+            begin = time.perf_counter()
             call()
-        pairs = []
+            host_s = time.perf_counter() - begin
+        pairs, flushes = [], flushes_behind(host_s)
         for _ in range(repeats):
-            self.flush.zero_()
-            self.flush.zero_()
+            for _ in range(flushes):
+                self.flush.zero_()
             start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             result = call()

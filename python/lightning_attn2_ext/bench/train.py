@@ -3,7 +3,8 @@
 The model is in the manner of TransNormerLLM (40 million parameters, bytes for tokens). The operators see the same
 batches
 and start from the same weights, so their loss curves show what their rounding does to training: they are compared, step
-by step, with those of the recurrence in chunks of plain PyTorch in float32 ("reference").
+by step, with those of the recurrence in chunks of plain PyTorch in float32 ("reference"). --json is written after each
+operator; --resume takes from it what was trained there already, so that a run may be cut off.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import json
 import math
 import pathlib
 import time
@@ -167,6 +169,20 @@ def compare(rows: list[dict]) -> None:
         row["passed"] = row["finite"] and worst < LIMIT
 
 
+#: What has to be the same where a row of an earlier run is taken over.
+SAME = ("commit", "device", "gpu", "torch", "dtype", "size", "text", "seed")
+
+
+def trained_before(path: pathlib.Path, facts: dict) -> dict[str, dict]:
+    """The rows that a run like this one has left there, by operator."""
+    if not path.exists():
+        return {}
+    recorded = json.loads(path.read_text())
+    if any(recorded["environment"].get(key) != facts.get(key) for key in SAME):
+        return {}
+    return {row["op"]: row for row in recorded["results"]}
+
+
 def table(rows: list[dict]) -> str:
     lines = [
         [
@@ -207,7 +223,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--text-dir", help="a folder of text (default: the sources of Python's standard library)")
     parser.add_argument("--only", nargs="+", choices=OPERATORS, help="beside the reference, which always runs")
+    parser.add_argument("--resume", action="store_true", help="go on from what --json has, if the run is the same")
     arguments = parser.parse_args(argv)
+    if arguments.resume and not arguments.json:
+        parser.error("--resume goes on from a file: --json OUT")
     device, dtype, facts = machine.open_machine(arguments)
     given = {n: getattr(arguments, n) for n in ("steps", "rows", "length", "rate") if getattr(arguments, n)}
     size = dataclasses.replace(QUICK if arguments.quick else Size(), **given)
@@ -220,16 +239,19 @@ def main(argv: list[str] | None = None) -> int:
         names = [n for n in names if n == REFERENCE or n in arguments.only]
     text = arguments.text_dir or "Python standard library sources"
     facts |= {"size": dataclasses.asdict(size), "text": text, "seed": arguments.seed}
-    rows = [train(name, size, corpus.train, dtype, device, arguments.seed) for name in names]
-    compare(rows)
+    done = trained_before(pathlib.Path(arguments.json), facts) if arguments.resume else {}
+    rows = []
+    for name in names:
+        rows.append(done.get(name) or train(name, size, corpus.train, dtype, device, arguments.seed))
+        compare(rows)
+        if arguments.json:
+            report.write_json(arguments.json, "train", facts, rows)
     millions = rows[0]["parameters"] / 1e6
     caption = (
         f"{millions:.1f} M parameters, {size.rows} x {size.length} bytes a step, {facts['dtype']}, "
         f"{facts.get('gpu', facts['cpu'])}"
     )
     print(f"\n{caption}; {text}\n\n{table(rows)}")
-    if arguments.json:
-        report.write_json(arguments.json, "train", facts, rows)
     if arguments.plots:
         reason = plots.missing()
         made = [] if reason else draw(pathlib.Path(arguments.plots), rows, caption)
