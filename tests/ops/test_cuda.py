@@ -42,18 +42,22 @@ PLANS += [(FP32, dims, 64) for dims in ((64, 64), (128, 128), (256, 256), (40, 1
 PLANS += [(FP64, dims, 32) for dims in ((64, 64), (128, 40), (256, 256))]
 
 
-@pytest.mark.parametrize("segments", (1, 2, 3, 7))
-@pytest.mark.parametrize("dtype, dims, size", PLANS, ids=plan_id)
-def test_every_plan(monkeypatch, dtype, dims, size, segments):
-    """Dense and packed. 891 tokens make exactly as many segments as asked for, none of whole chunks at its end."""
-    monkeypatch.setenv("LA2_PLAN", f"family={FAMILY[dtype]},slice={size},segments={segments}")
+def dense_and_packed(dims, dtype):
+    """891 tokens make exactly as many segments as asked for below, none of whole chunks at its end."""
     common = {"heads": 3, "key_dim": dims[0], "value_dim": dims[1], "dtype": dtype, "scale": 0.5}
     dense = Case(batch=2, length=891, slope_per_seq=True, state_layout="vk", **common).make(CUDA)
     dense.slope = torch.tensor([[0.0, 0.01, 0.3], [0.1, 0.02, 2.0]], dtype=dense.slope.dtype, device=CUDA)
-    check(dense)
     packed = Case(lengths=(0, 130, 1, 0, 449, 64, 247), layout="bnhd", **common).make(CUDA)
     packed.slope = torch.tensor([0.005, 0.05, 0.5], dtype=packed.slope.dtype, device=CUDA)
-    check(packed)
+    return dense, packed
+
+
+@pytest.mark.parametrize("segments", (1, 2, 3, 7))
+@pytest.mark.parametrize("dtype, dims, size", PLANS, ids=plan_id)
+def test_every_plan(monkeypatch, dtype, dims, size, segments):
+    monkeypatch.setenv("LA2_PLAN", f"family={FAMILY[dtype]},slice={size},segments={segments}")
+    for x in dense_and_packed(dims, dtype):
+        check(x)
 
 
 HOPPER_DIMS = (*DIMS, (96, 96), (192, 192), (256, 256))
@@ -66,13 +70,8 @@ HOPPER_DIMS = (*DIMS, (96, 96), (192, 192), (256, 256))
 @pytest.mark.parametrize("dims", HOPPER_DIMS, ids=plan_id)
 @pytest.mark.parametrize("dtype", HALVES, ids=plan_id)
 def test_every_hopper_plan(monkeypatch, dtype, dims, plan):
-    """Dense and packed as above, and the portable kernels beside it on the same numbers."""
-    common = {"heads": 3, "key_dim": dims[0], "value_dim": dims[1], "dtype": dtype, "scale": 0.5}
-    dense = Case(batch=2, length=891, slope_per_seq=True, state_layout="vk", **common).make(CUDA)
-    dense.slope = torch.tensor([[0.0, 0.01, 0.3], [0.1, 0.02, 2.0]], dtype=dense.slope.dtype, device=CUDA)
-    packed = Case(lengths=(0, 130, 1, 0, 449, 64, 247), layout="bnhd", **common).make(CUDA)
-    packed.slope = torch.tensor([0.005, 0.05, 0.5], dtype=packed.slope.dtype, device=CUDA)
-    for x in (dense, packed):
+    """And the portable kernels beside it on the same numbers."""
+    for x in dense_and_packed(dims, dtype):
         monkeypatch.setenv("LA2_PLAN", f"family=sm90,{plan}")
         got = run(x, need_dslope=False)
         check(x, got)
@@ -87,12 +86,7 @@ def test_every_hopper_plan(monkeypatch, dtype, dims, plan):
 @pytest.mark.parametrize("dtype", HALVES, ids=plan_id)
 def test_one_pass_has_the_bits_of_three(monkeypatch, dtype, dims, segments):
     """The state pass, the combine pass and the main pass in one kernel: the same arithmetic in the same order."""
-    common = {"heads": 3, "key_dim": dims[0], "value_dim": dims[1], "dtype": dtype, "scale": 0.5}
-    dense = Case(batch=2, length=891, slope_per_seq=True, state_layout="vk", **common).make(CUDA)
-    dense.slope = torch.tensor([[0.0, 0.01, 0.3], [0.1, 0.02, 2.0]], dtype=dense.slope.dtype, device=CUDA)
-    packed = Case(lengths=(0, 130, 1, 0, 449, 64, 247), layout="bnhd", **common).make(CUDA)
-    packed.slope = torch.tensor([0.005, 0.05, 0.5], dtype=packed.slope.dtype, device=CUDA)
-    for x in (dense, packed):
+    for x in dense_and_packed(dims, dtype):
         got = {}
         for passes in (3, 1, 1):
             monkeypatch.setenv("LA2_PLAN", f"family=sm90,slice=64,segments={segments},passes={passes}")

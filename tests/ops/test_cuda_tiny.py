@@ -62,6 +62,13 @@ HOPPER_TINY = [(BF16, dims) for dims in ((64, 64), (128, 128), (64, 128), (128, 
 HOPPER_TINY += [(FP16, (128, 128))]
 
 
+def dense_and_packed(dims, dtype):
+    common = {"heads": 1, "key_dim": dims[0], "value_dim": dims[1], "dtype": dtype}
+    dense = Case(length=194, state_layout="vk", **common)
+    packed = Case(lengths=(67, 0, 130), slope_per_seq=True, layout="bnhd", **common)
+    return dense.make("cpu"), packed.make("cpu")
+
+
 @needs_hopper
 @pytest.mark.sanitize
 @pytest.mark.parametrize("plan", ("segments=1", "segments=3", "slice=64,segments=2"))
@@ -69,12 +76,7 @@ HOPPER_TINY += [(FP16, (128, 128))]
 def test_tiny_hopper_prefill(monkeypatch, dtype, dims, plan):
     """The same for the Hopper kernels: every role, tails, packed neighbours, clusters, state and combine pass."""
     monkeypatch.setenv("LA2_PLAN", f"family=sm90,{plan}")
-    common = {"heads": 1, "key_dim": dims[0], "value_dim": dims[1], "dtype": dtype}
-    for case in (
-        Case(length=194, state_layout="vk", **common),
-        Case(lengths=(67, 0, 130), slope_per_seq=True, layout="bnhd", **common),
-    ):
-        x = case.make("cpu")
+    for x in dense_and_packed(dims, dtype):
         got = run(moved_to_gpu(x), need_dslope=False)
         check(x, [t if t is None else t.cpu() for t in got])
 
@@ -87,12 +89,7 @@ def test_tiny_hopper_prefill(monkeypatch, dtype, dims, plan):
 def test_tiny_hopper_prefill_in_one_pass(monkeypatch, dtype, dims, segments):
     """Blocks that wait for each other within a kernel."""
     monkeypatch.setenv("LA2_PLAN", f"family=sm90,slice=64,segments={segments},passes=1")
-    common = {"heads": 1, "key_dim": dims[0], "value_dim": dims[1], "dtype": dtype}
-    for case in (
-        Case(length=194, state_layout="vk", **common),
-        Case(lengths=(67, 0, 130), slope_per_seq=True, layout="bnhd", **common),
-    ):
-        x = case.make("cpu")
+    for x in dense_and_packed(dims, dtype):
         y = moved_to_gpu(x)
         check_forward(x, *(t.cpu() for t in torch.ops.la2.forward_with_state(*y.args, **y.options)))
 
