@@ -11,7 +11,8 @@ using fuzz::check;
 constexpr const char* kWords[] = {"family=",  "slice=", "segments=", "cluster=", "simt", "sm80", "sm90",
                                   "64",       "128",    "1",         "2",        ",",    "=",    "9223372036854775807",
                                   "backward", "dslope", "packed=",   "bf16",     "fp32", "fp64", "sm_90x132",
-                                  "-1",       "0",      "4096",      "x",        "sm_",  "7",    "1,8,4096,128,128,"};
+                                  "-1",       "0",      "4096",      "x",        "sm_",  "7",    "1,8,4096,128,128,",
+                                  "passes="};
 
 std::string text(Bytes& in) {
   std::string s;
@@ -29,10 +30,11 @@ std::string plan_text(Bytes& in) {
   if (in.flag()) return text(in);
   std::string s;
   for (int64_t n = in.below(4); n > 0; --n) {
-    constexpr const char* kParts[] = {"family=simt", "family=sm80", "family=sm90", "slice=64",   "slice=128",
-                                      "cluster=1",   "cluster=2",   "cluster=4",   "segments=1", "segments=7"};
-    const uint8_t which = in.byte() % 12;
-    s += (s.empty() ? "" : ",") + (which < 10 ? std::string(kParts[which]) : "segments=" + std::to_string(in.size()));
+    constexpr const char* kParts[] = {"family=simt", "family=sm80", "family=sm90", "slice=64",
+                                      "slice=128",   "cluster=1",   "cluster=2",   "cluster=4",
+                                      "segments=1",  "segments=7",  "passes=1",    "passes=3"};
+    const uint8_t which = in.byte() % 14;
+    s += (s.empty() ? "" : ",") + (which < 12 ? std::string(kParts[which]) : "segments=" + std::to_string(in.size()));
   }
   return s;
 }
@@ -53,6 +55,7 @@ Problem problem(Bytes& in) {
   if (p.packed) p.batch = 1;
   p.slope_grad = p.backward && in.flag();
   p.mappable = in.below(8) != 0;
+  p.is_extend = p.packed && !p.backward && in.below(8) == 0;
   return p;
 }
 
@@ -78,6 +81,12 @@ void check_plan(const Problem& p, const DeviceProps& d, const Plan& plan) {
   }
   check(plan.family != Family::kSm90 || (d.compute_capability == 90 && p.mappable && !p.slope_grad),
         "sm90 where it may");
+  if (plan.in_one_pass) {
+    check(plan.family == Family::kSm90 && !p.backward && !p.is_extend, "one pass where it may");
+    const int64_t slices = p.dim_v / plan.tiles[0].slice + (p.dim_v % plan.tiles[0].slice != 0);
+    check(plan.num_segments > 1 && plan.clusters[0] == 1, "one pass of segments, without clusters");
+    check(plan.num_units * p.heads * slices <= d.num_sms, "every block of one pass is resident");
+  }
   check(plan.segment_len > 0 && plan.segment_len % 64 == 0, "segments are whole chunks");
   const int64_t segments = p.length / plan.segment_len + (p.length % plan.segment_len != 0);
   check(plan.num_segments == std::max<int64_t>(segments, 1), "segments cover the longest sequence");
