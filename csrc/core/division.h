@@ -4,11 +4,7 @@
 
 #include <stdint.h>
 
-#if defined(__CUDACC__)
-#define LA2_DIVISION_BOTH __host__ __device__
-#else
-#define LA2_DIVISION_BOTH
-#endif
+#include "host_device.h"
 
 namespace la2 {
 
@@ -28,15 +24,15 @@ struct Division {
   }
 
   // n / divisor rounded down, n >= 0; small_quotient: where both have 31 bits.
-  LA2_DIVISION_BOTH int small_quotient(int n) const {
+  LA2_HOST_DEVICE int small_quotient(int n) const {
     const uint32_t number = static_cast<uint32_t>(n);
     const uint32_t high = static_cast<uint32_t>((uint64_t{multiplier} * number) >> 32);
     return static_cast<int>((high + number) >> shift);
   }
-  LA2_DIVISION_BOTH int64_t quotient(int64_t n) const {
+  LA2_HOST_DEVICE int64_t quotient(int64_t n) const {
     return n > INT32_MAX || divisor > INT32_MAX ? n / divisor : small_quotient(static_cast<int>(n));
   }
-  LA2_DIVISION_BOTH int64_t quotient_up(int64_t n) const { return quotient(n + divisor - 1); }
+  LA2_HOST_DEVICE int64_t quotient_up(int64_t n) const { return quotient(n + divisor - 1); }
 };
 
 }  // namespace la2

@@ -23,12 +23,14 @@ constexpr Sm90Cost kTrilinear[] = {
 constexpr double kPair64 = 1.47, kPair128 = 3.19;  // dk and dv; one dim of 64 and one of 128: in between
 constexpr double kBusy = 0.15;                     // slower by this where every SM is at work: shared L2, lower clocks
 constexpr double kGBs = 3800;                      // 0.89 of what a copy moves
-constexpr double kFirstUs = 7.2;                   // launch, first copies, last stores
-constexpr double kStatePassUs = 5.7;               // the same of the passes before
+// From here to kBytesInL2 fitted to what csrc/kernels/DESIGN.md lists ("The planner against the clock"; `bench plans`
+// measures it), kBytesInL2 chosen.
+constexpr double kFirstUs = 7.2;      // launch, first copies, last stores
+constexpr double kStatePassUs = 5.7;  // the same of the passes before
 constexpr double kCombineUs = 5.0;
-constexpr double kTurnUs = 8.0;  // from one item of a block to its next
-constexpr double kDqUs = 7.2,
-                 kDqBehindUs = 20.0;  // of dq: beside dk and dv on a quarter of the SMs or more; behind them
+constexpr double kTurnUs = 8.0;       // from one item of a block to its next
+constexpr double kDqUs = 7.2;         // of dq beside dk and dv, where a quarter of the SMs or more is left
+constexpr double kDqBehindUs = 20.0;  // of dq on the SMs of dk and dv, behind them
 constexpr double kBeside = 1.13;      // dk and dv while dq is computed on other SMs
 constexpr double kTogetherUs = 5.5;   // in one pass: blocks wait for each other
 constexpr double kSegmentUs = 0.08;   // and walk what each segment gathered

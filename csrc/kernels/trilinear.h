@@ -19,6 +19,7 @@
 #pragma once
 
 #include "../core/division.h"
+#include "../core/host_device.h"
 #include "params.h"
 
 namespace la2 {
@@ -93,13 +94,8 @@ inline void set_segment_len(TrilinearParams& params, int64_t segment_len) {
 
 // Chunk slots of the slope gradient's dots: the chunks of a sequence that starts at token `start` are
 // first_chunk_slot(...) + 0, 1, ... Slots of different sequences never meet.
-#if defined(__CUDACC__)
-#define LA2_BOTH __host__ __device__
-#else
-#define LA2_BOTH
-#endif
 // Dense: start = batch row * N. There are B N / chunk + num_seqs slots.
-LA2_BOTH inline int64_t first_chunk_slot(int64_t start, int64_t sequence, int64_t chunk) {
+LA2_HOST_DEVICE inline int64_t first_chunk_slot(int64_t start, int64_t sequence, int64_t chunk) {
   return start / chunk + sequence;
 }
 

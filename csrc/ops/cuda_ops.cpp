@@ -87,11 +87,19 @@ bool is_mappable(const Tensor& t) {
 Plan plan_for(const Attention& args, bool backward, bool slope_grad, bool mappable, const Device& device,
               bool is_extend = false) {
   const Sizes& s = args.sizes;
-  const Problem problem{
-      backward,   args.dtype, s.batch,
-      s.heads,    s.length,   s.dim_k,
-      s.dim_v,    s.num_seqs, args.cu_seqlens.has_value(),
-      slope_grad, is_extend,  mappable && is_mappable(args.q) && is_mappable(args.k) && is_mappable(args.v)};
+  Problem problem;
+  problem.backward = backward;
+  problem.dtype = args.dtype;
+  problem.batch = s.batch;
+  problem.heads = s.heads;
+  problem.length = s.length;
+  problem.dim_k = s.dim_k;
+  problem.dim_v = s.dim_v;
+  problem.num_seqs = s.num_seqs;
+  problem.packed = args.cu_seqlens.has_value();
+  problem.slope_grad = slope_grad;
+  problem.is_extend = is_extend;
+  problem.mappable = mappable && is_mappable(args.q) && is_mappable(args.k) && is_mappable(args.v);
   const char* forced = std::getenv("LA2_PLAN");
   Plan plan;
   const Status status = make_plan(problem, device.props(), forced ? forced : "", &plan);
@@ -145,17 +153,13 @@ bool launch_in_one_pass(const Attention& args, const Plan& plan, TrilinearParams
 
 // The state pass for the jobs of launch `which`.
 void launch_states(const Attention& args, const Plan& plan, int which, const TrilinearParams& params, bool gradients,
-                   const Device& device) {
-  const cudaStream_t stream = device.stream();
+                   cudaStream_t stream) {
   const Tile& tile = plan.state_tiles[which];
   cudaError_t error;
   if (plan.family == Family::kSm90) {
     sm90::LaunchOptions options;
     options.cluster = plan.state_clusters[which];
     options.state_only = true;
-    // Blocks take turns: while one state is stored the next one's rows are copied.
-    if (params.cu_seqlens.data == nullptr)
-      options.max_blocks = device.props().num_sms / params.num_jobs / options.cluster * options.cluster;
     error = sm90::launch_trilinear(params, {args.dtype, tile.tile_a, tile.slice, gradients, false}, options, stream);
   } else if (plan.family == Family::kSm80) {
     error =
@@ -172,7 +176,7 @@ void enter_segments(const Attention& args, const Plan& plan, int which, Trilinea
                     const Device& device) {
   if (!params.is_cut) return;
   if (plan.family == Family::kSm90) params.local_floats = plan.state_floats[which];
-  launch_states(args, plan, which, params, gradients, device);
+  launch_states(args, plan, which, params, gradients, device.stream());
   // Of two segments the second one is entered by what leaves the first.
   if (plan.family == Family::kSm90 && plan.num_segments == 2) return;
   const bool overlaps = plan.family != Family::kSimt && device.orders_kernels();
@@ -512,7 +516,7 @@ Tensor extend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& s
     snapshots.jobs[0].initial = with_slots(p.state, tables.snapshot_read_slots);
     snapshots.jobs[0].final = p.state;
     snapshots.jobs[0].final.slots = tables.snapshot_write_slots;
-    launch_states(attention, plan, 0, snapshots, false, device);
+    launch_states(attention, plan, 0, snapshots, false, device.stream());
   }
 
   check_cuda(op, "launching the short requests", simt::launch_extend_rows(p, tables, dense, is_sm90, device.stream()));

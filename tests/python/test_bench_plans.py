@@ -44,6 +44,18 @@ def test_rows_and_table(monkeypatch):
     assert len(text.splitlines()) == 2 + 2 and "1,2,70" in text and forward[1]["plan"] in text
 
 
+def test_wrong_results_get_no_time(monkeypatch, capsys):
+    monkeypatch.setattr(plans.info, "device_name", lambda device: HOPPER)
+    check = plans.gate.check_ends
+    monkeypatch.setattr(
+        plans.gate, "check_ends", lambda results, *rest: check({n: 1.1 * x for n, x in results.items()}, *rest)
+    )
+    clock = Clock()
+    rows = plans.measure_shape((1, 2, 70), 16, clock, 1)
+    assert rows and not any(r["passed"] or "us" in r for r in rows) and clock.calls == 0
+    assert "WRONG RESULT" in capsys.readouterr().out and len(plans.table(rows).splitlines()) == 2
+
+
 def test_without_a_gpu(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert plans.main([]) == 2

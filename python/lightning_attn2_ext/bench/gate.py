@@ -131,6 +131,13 @@ def check(
     return Verdict(errors, {n: limits[n] for n in names})
 
 
+def check_ends(results: dict[str, Tensor], inputs: list[Tensor], slope: Tensor, margin: float = testing.MARGIN):
+    """``check`` of the first batch row's first and last head alone; inputs are q, k, v and grad_out."""
+    ends = [0, -1] if slope.numel() > 1 else [0]
+    q, k, v, grad_out = (x[:1, ends] for x in inputs)
+    return check({n: x[:1, ends] for n, x in results.items()}, q, k, v, slope[ends], grad_out, margin)
+
+
 def _sampled_rows(n: int) -> list[int]:
     return sorted({i for i in (0, 1, 63, 64, 127, 128, n // 3, n // 2, n - 2, n - 1) if 0 <= i < n})
 

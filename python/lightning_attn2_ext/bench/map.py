@@ -25,11 +25,9 @@ MOST_HEADS = 64  # of one sequence: beyond, there are more sequences
 
 
 def _is_right(peer: peers.Peer, out, grads, inputs, slope) -> gate.Verdict:
-    ends = [0, -1] if slope.numel() > 1 else [0]
-    q, k, v, grad_out = (x[:1, ends] for x in inputs)
-    results = {n: peer.head_major(x)[:1, ends] for n, x in zip(("out", "dq", "dk", "dv"), (out, *grads), strict=True)}
+    results = {n: peer.head_major(x) for n, x in zip(("out", "dq", "dk", "dv"), (out, *grads), strict=True)}
     margin = testing.MARGIN if isinstance(peer, peers.Ours) else gate.PEER_MARGIN
-    return gate.check(results, q, k, v, slope[ends], grad_out, margin)
+    return gate.check_ends(results, inputs, slope, margin)
 
 
 def time_peer(peer: peers.Peer, inputs, slope, clock: CudaClock, repeats: int) -> dict[str, float]:

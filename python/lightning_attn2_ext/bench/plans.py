@@ -2,7 +2,8 @@
 
 For every shape the free choice and plans that LA2_PLAN forces: microseconds by CUDA events, L2 rewritten before each
 call, over the prediction. Slopes are MiniMax's of the first layer: where sequences are cut, the state pass goes back as
-far as the flattest of them reaches. Plans that a shape or GPU does not have are left out.
+far as the flattest of them reaches. Plans that a shape or GPU does not have are left out. Before a plan is timed its
+results are checked against float64 on the first and the last head; wrong ones get no time.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 
 from .. import info, slopes
 from ..testing import forced_plan
-from . import report
+from . import gate, report
 from .timing import CudaClock
 
 #: (B, H, N): few heads, where plans differ most, and the shapes that `bench ops` compares.
@@ -43,13 +44,19 @@ def predicted(shape: tuple[int, int, int], dim: int, what: str, device: str) -> 
 def measure_shape(shape: tuple[int, int, int], dim: int, clock: CudaClock, repeats: int) -> list[dict]:
     batch, heads, length = shape
     name = info.device_name(clock.device)
-    q, k, v, grad_out = (
+    inputs = q, k, v, grad_out = [
         torch.randn(batch, heads, length, dim, device=clock.device, dtype=torch.bfloat16) for _ in range(4)
-    )
+    ]
     slope = slopes.minimax(heads, 0, 80, device=clock.device)
     calls = {
-        "forward": lambda: torch.ops.la2.forward(q, k, v, slope),
-        "backward": lambda: torch.ops.la2.backward(grad_out, None, q, k, v, slope, need_dslope=False),
+        "forward": lambda: {"out": torch.ops.la2.forward(q, k, v, slope)},
+        "backward": lambda: dict(
+            zip(
+                ("dq", "dk", "dv"),
+                torch.ops.la2.backward(grad_out, None, q, k, v, slope, need_dslope=False)[:3],
+                strict=True,
+            )
+        ),
     }
     rows = []
     for what, call in calls.items():
@@ -58,17 +65,22 @@ def measure_shape(shape: tuple[int, int, int], dim: int, clock: CudaClock, repea
                 prediction = predicted(shape, dim, what, name)
                 if prediction is None:
                     continue
-                us = clock.median(call, repeats) * 1e3
+                verdict = gate.check_ends(call(), inputs, slope)
+                us = clock.median(call, repeats) * 1e3 if verdict.passed else None
             facts = {"shape": list(shape), "dim": dim, "what": what, "plan": plan, "words": prediction[1]}
-            rows.append(facts | {"us": us, "predicted_us": prediction[0], "passed": True})
+            facts |= {"errors": verdict.errors, "bounds": verdict.bounds, "passed": verdict.passed}
+            rows.append(facts | {"predicted_us": prediction[0]} | ({"us": us} if verdict.passed else {}))
+            if not verdict.passed:
+                print(f"WRONG RESULT, no figures: {shape} {what} LA2_PLAN={plan}: {verdict}")
     return rows
 
 
 def table(rows: list[dict]) -> str:
     """A line for a shape and direction: what was chosen, how it was predicted, and the fastest that was forced."""
     lines = []
-    for free in (r for r in rows if not r["plan"]):
-        others = [r for r in rows if r["plan"] and (r["shape"], r["what"]) == (free["shape"], free["what"])]
+    right = [r for r in rows if r["passed"]]
+    for free in (r for r in right if not r["plan"]):
+        others = [r for r in right if r["plan"] and (r["shape"], r["what"]) == (free["shape"], free["what"])]
         best = min(others, key=lambda r: r["us"], default=free)
         lines.append(
             [
@@ -103,4 +115,4 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.json:
             report.write_json(arguments.json, "plans", facts, rows)
     print(table(rows))
-    return 0
+    return 0 if all(r["passed"] for r in rows) else 1
