@@ -99,6 +99,14 @@ def shards_of(rank, inputs, lengths, layout, options):
     return on_shards(rank, inputs, lengths, layout, **options)
 
 
+def shards_on_gpu(rank, inputs, lengths, layout, told, options):
+    """shards_of on this rank's GPU, with inputs and results on the CPU."""
+    options = {name: x.cuda() if torch.is_tensor(x) else x for name, x in options.items()}
+    inputs = [None if x is None else x.cuda() for x in inputs]
+    found = on_shards(rank, inputs, lengths, layout, lengths=lengths if told else None, **options)
+    return [None if x is None else x.cpu() for x in found]
+
+
 def in_bnhd(rank):
     """tensor_layout="bnhd", a mesh, and views into a packed projection: the largest difference from "bhnd"."""
     from torch.distributed.device_mesh import init_device_mesh

@@ -1,4 +1,4 @@
-"""Processes that make up a gloo group on this machine, started once and given one function after the other."""
+"""Processes that make up a group on this machine, started once and given one function after the other."""
 
 import datetime
 import multiprocessing
@@ -14,9 +14,10 @@ START = datetime.timedelta(seconds=120)
 class Ranks:
     """`world` processes; `run(function, *args)` calls `function(rank, *args)` on each and returns what they return.
 
-    `function` must be importable by name (it is pickled). `timeout` is that of the collectives."""
+    `function` must be importable by name (it is pickled). `timeout` is that of the collectives. With backend "nccl" the
+    current device of rank i is GPU i."""
 
-    def __init__(self, world, timeout=60):
+    def __init__(self, world, timeout=60, backend="gloo"):
         # A server that has imported everything already: each process is then a fork of it, and starts at once.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["tests.support.ranks_preload"])
@@ -26,7 +27,7 @@ class Ranks:
         self._pipes, self._processes = [], []
         for rank in range(world):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(there, rank, world, store, timeout), daemon=True)
+            process = context.Process(target=_serve, args=(there, rank, world, store, timeout, backend), daemon=True)
             process.start()
             there.close()
             self._pipes.append(here)
@@ -64,12 +65,14 @@ class Ranks:
         self._folder.cleanup()
 
 
-def _serve(pipe, rank, world, store, timeout):
+def _serve(pipe, rank, world, store, timeout, backend):
     import torch
 
     torch.set_num_threads(1)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
     dist.init_process_group(
-        "gloo",
+        backend,
         store=dist.FileStore(store, world),
         rank=rank,
         world_size=world,
