@@ -138,6 +138,20 @@ def test_out_of_memory_is_a_result(tmp_path, monkeypatch, capsys):
         assert f": {measured} measured, 0 left out" in capsys.readouterr().out
 
 
+def test_missing_leaves_what_another_commit_has(tmp_path, monkeypatch, capsys):
+    command = [*CPU, "--only", "e", "--out", str(tmp_path)]
+    for commit, more, measured in (("abc", (), 3), ("def", ("--missing",), 0), ("def", (), 3)):
+        monkeypatch.setenv("LA2_COMMIT", commit)
+        assert cli.main([*command, *more]) == 0
+        assert f": {measured} measured, 0 left out" in capsys.readouterr().out
+    for path in (tmp_path / "points" / "e").iterdir():
+        record = json.loads(path.read_text())
+        if record["config"]["what"] == "streamed":
+            path.write_text(json.dumps(record | {"result": {"failed": "once", "passed": False}}))
+    assert cli.main([*command, "--missing"]) == 0
+    assert ": 1 measured, 0 left out" in capsys.readouterr().out
+
+
 def test_the_whole_form_on_a_gpu_has_what_the_paper_has(tmp_path):
     """What would run there: lengths from 1K to 1M, the sizes of Table 1, a million positions, 16 M tokens streamed."""
     facts = FACTS | {"device": "cuda:0", "gpu": "a GPU", "dtype": "bfloat16"}

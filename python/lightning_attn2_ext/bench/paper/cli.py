@@ -23,10 +23,21 @@ from .store import Store, where
 SHARES = {"b": 3.0, "f": 1.5}
 
 
-def measure(run: Run, letter: str, deadline: float, again: bool = False) -> tuple[int, int, list[str]]:
-    """Measures what is missing until the deadline: (measured, left out, what went wrong with our own operator)."""
+def to_do(run: Run, letter: str, again: bool, missing: bool) -> list[dict]:
+    """The points to be measured: all, those that no commit has, or those that this one has not."""
+    points = EXPERIMENTS[letter].points(run)
+    if missing:
+        there = [r["config"] for r in run.store.records(letter) if "failed" not in r["result"]]
+        return [c for c in points if c not in there]
+    return [c for c in points if again or not run.store.has(letter, c)]
+
+
+def measure(
+    run: Run, letter: str, deadline: float, again: bool = False, missing: bool = False
+) -> tuple[int, int, list[str]]:
+    """Measures what is to do until the deadline: (measured, left out, what went wrong with our own operator)."""
     module, wrong = EXPERIMENTS[letter], []
-    todo = [c for c in module.points(run) if again or not run.store.has(letter, c)]
+    todo = to_do(run, letter, again, missing)
     bar = progress.bar(len(todo), unit="point")
     done = 0
     for config in todo:
@@ -78,7 +89,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--minutes", type=float, metavar="M", help="stop measuring after so many; the report says what is left"
     )
-    parser.add_argument("--again", action="store_true", help="measure what is there already too")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--again", action="store_true", help="measure what is there already too")
+    which.add_argument("--missing", action="store_true", help="leave what any commit measured here as it is")
     parser.add_argument("--report", action="store_true", help="measure nothing, write RESULTS.md from the files")
     arguments = parser.parse_args(argv)
     out = arguments.out or ("la2_paper_quick" if arguments.quick else "la2_paper")
@@ -96,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
             now = time.monotonic()
             rest = sum(SHARES.get(x, 1.0) for x in letters[i:])
             deadline = end if end == float("inf") else now + max(0.0, end - now) * SHARES.get(letter, 1.0) / rest
-            done, out_of_time, errors = measure(run, letter, deadline, arguments.again)
+            done, out_of_time, errors = measure(run, letter, deadline, arguments.again, arguments.missing)
             wrong += errors
             left += out_of_time
             print(f"({letter}) {EXPERIMENTS[letter].TITLE}: {done} measured, {out_of_time} left out", flush=True)
