@@ -10,12 +10,11 @@ from .. import peers, train
 from .run import Run
 
 LETTER, TITLE = "f", "Loss with each implementation"
-STEPS = 120
 _text: dict[bool, data.Corpus] = {}
 
 
 def points(run: Run) -> list[dict]:
-    size = train.QUICK if run.small else dataclasses.replace(train.Size(), steps=STEPS)
+    size = train.QUICK if run.small else train.Size()
     names = [train.REFERENCE, train.OURS]
     if any(isinstance(p, peers.LightningAttn) for p in run.peers):
         names.append(train.OFFICIAL)
@@ -57,7 +56,10 @@ def section(rows: list[dict]) -> str:
     if not rows:
         return "Without the reference there is nothing to compare with."
     r = rows[0]
-    size = f"{r['parameters'] / 1e6:.1f} M parameters, {r['steps']} steps of {r['rows']} x {r['length']} bytes"
+    size = (
+        f"{r['parameters'] / 1e6:.1f} M parameters, {r['steps']} steps of {r['rows']} x {r['length']} bytes "
+        f"at a rate of {r['rate']:g}"
+    )
     outside = [r["op"] for r in rows if not r["passed"]]
     verdict = (
         f"Outside of the limit of {train.LIMIT}: {', '.join(outside)}." if outside else f"Limit {train.LIMIT}: kept."
