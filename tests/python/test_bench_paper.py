@@ -1,12 +1,13 @@
 """bench paper: the quick form of every experiment, resuming, the report of what is and is not there, wrong results."""
 
+import dataclasses
 import json
 
 import pytest
 import torch
 
-from lightning_attn2_ext.bench import entries, machine, peers
-from lightning_attn2_ext.bench.paper import claims, cli, inference, layers, lengths, longest, results, store
+from lightning_attn2_ext.bench import entries, machine, peers, train
+from lightning_attn2_ext.bench.paper import claims, cli, inference, layers, lengths, longest, loss, results, store
 from lightning_attn2_ext.bench.paper.results import EXPERIMENTS
 from lightning_attn2_ext.bench.paper.run import judge
 from tests.support.tolerance import one_thread
@@ -136,6 +137,16 @@ def test_out_of_memory_is_a_result(tmp_path, monkeypatch, capsys):
     for more, measured in (((), 0), (("--again",), 3)):
         assert cli.main([*CPU, "--only", "e", *more, "--out", str(tmp_path)]) == 0
         assert f": {measured} measured, 0 left out" in capsys.readouterr().out
+
+
+def test_losses_are_compared_with_those_of_the_same_settings():
+    def row(op, rate, losses):
+        return {"op": op, "losses": losses} | dataclasses.asdict(dataclasses.replace(train.Size(), rate=rate))
+
+    before = [row("la2", 1e-3, [9.0]), row("reference", 1e-3, [3.0])]
+    rows = loss.compared([*before, row("la2", 1e-6, [2.0]), row("reference", 1e-6, [2.25])])
+    assert [(r["op"], r["rate"], r["gap"]) for r in rows] == [("reference", 1e-6, 0.0), ("la2", 1e-6, 0.25)]
+    assert loss.compared([*before, row("la2", 1e-6, [2.0])]) == []  # no reference yet
 
 
 def test_missing_leaves_what_another_commit_has(tmp_path, monkeypatch, capsys):

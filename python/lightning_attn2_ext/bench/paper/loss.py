@@ -34,8 +34,11 @@ def release() -> None:
 
 
 def compared(rows: list[dict]) -> list[dict]:
-    """With the distance of each from the reference; nothing without the reference."""
+    """With the distance of each from the reference; nothing without the reference. Of trainings with other settings
+    those that were measured last."""
     rows = [dict(r) for r in rows if "losses" in r]
+    settings = [f.name for f in dataclasses.fields(train.Size)]
+    rows = [r for r in rows if all(r[name] == rows[-1][name] for name in settings)]
     rows.sort(key=lambda r: list(train.OPERATORS).index(r["op"]))
     if not any(r["op"] == train.REFERENCE for r in rows):
         return []

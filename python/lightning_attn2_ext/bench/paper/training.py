@@ -35,7 +35,7 @@ SIZES = {
     "3B": train.Size(width=2560, heads=20, layers=32, hidden=6912),
     "15B": train.Size(width=5120, heads=40, layers=42, hidden=13824),
 }
-LENGTHS = {"0.4B": claims.TABLE1_LENGTHS, "1B": (1024, 8192, 32768, 94208), "3B": (1024, 8192, 94208)}
+LENGTHS = {"0.4B": claims.TABLE1_LENGTHS, "1B": (1024, 8192, 32768, 81920, 94208), "3B": (1024, 8192, 32768, 94208)}
 STEP_TOKENS = 32768  # or one sequence, where that is longer
 FIFTEEN = {"length": 6144, "tokens": 24576, "stacks": (1, 3)}  # the paper's length; layers that are timed
 
