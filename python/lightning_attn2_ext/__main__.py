@@ -14,6 +14,7 @@ _USAGE = """usage: python -m lightning_attn2_ext <command> [options]
   bench cpu   time the operators on the CPU beside softmax attention
   bench ops   time the operators on a CUDA device beside other packages
   bench map   the fastest other package against this one over heads and lengths
+  bench energy the same calls back to back: time, power and energy beside other packages
   bench scale time context parallelism on several processes, and model more of them
   bench paper the paper's claims, each measured: JSON, plots and RESULTS.md; resumes
 
@@ -43,6 +44,7 @@ _COMMANDS = {
     ("bench", "map"): "bench.map",
     ("bench", "calibrate"): "bench.calibrate",
     ("bench", "plans"): "bench.plans",
+    ("bench", "energy"): "bench.energy",
     **{("bench", name): f"bench.{name}" for name in _TABLES},
     ("bench", "scale"): "bench.scale",
     ("bench", "paper"): "bench.paper.cli",

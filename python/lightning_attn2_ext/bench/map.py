@@ -14,8 +14,8 @@ import pathlib
 import torch
 
 from .. import slopes, testing
-from . import floor, gate, peers, plots, report
-from .ops import _inputs
+from . import entries, floor, gate, peers, plots, report
+from .ops import draw_inputs
 from .timing import CudaClock
 
 HEADS = (1, 4, 8, 16, 32, 64, 128, 256)  # B H
@@ -51,13 +51,13 @@ def time_peer(peer: peers.Peer, inputs, slope, clock: CudaClock, repeats: int) -
     }
 
 
-def cell(entries: list[peers.Peer], bh: int, n: int, clock: CudaClock, repeats: int) -> dict:
+def cell(present: list[peers.Peer], bh: int, n: int, clock: CudaClock, repeats: int) -> dict:
     """Of B H = ``bh`` and N = ``n``: {"times": {operator: {"forward": ms, "backward": ms} or {"failed": why}}}."""
     heads = min(bh, MOST_HEADS)
     slope = slopes.minimax(heads, 0, 80, device=clock.device)
-    inputs = _inputs(bh // heads, heads, n, 128, 128, torch.bfloat16, clock.device)
+    inputs = draw_inputs(bh // heads, heads, n, 128, 128, torch.bfloat16, clock.device)
     times = {}
-    for peer in entries:
+    for peer in present:
         if peer.softmax and n > SOFTMAX_UP_TO:
             continue
         try:
@@ -154,21 +154,12 @@ def measure(arguments) -> tuple[dict, list[dict]]:
     facts, clock = report.environment(), CudaClock(device)
     facts["copy_gb_per_s"] = floor.copy_bandwidth(clock) / 1e9
     print(report.describe(facts))
-    entries = []
-    for cls in peers.PEERS:
-        peer = cls()
-        if issubclass(cls, peers.OursPortable):
-            continue
-        if arguments.only and not any(part in peer.name for part in arguments.only):
-            continue
-        if reason := peer.missing():
-            print(f"skipped: {peer.name}: {reason}")
-        else:
-            entries.append(peer)
+    raced = [cls for cls in peers.PEERS if not issubclass(cls, peers.OursPortable)]
+    present, facts["peers"] = entries.choose(device, torch.bfloat16, arguments.only, raced)
     results = []
     for n in arguments.lengths:
         for bh in arguments.heads:
-            results.append(cell(entries, bh, n, clock, arguments.repeats))
+            results.append(cell(present, bh, n, clock, arguments.repeats))
             torch.cuda.empty_cache()
             shown = {name: [round(ms, 3) for ms in t.values()] if "failed" not in t else t["failed"]
                      for name, t in results[-1]["times"].items()}  # fmt: skip

@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional as F
 
 from .. import info, slopes, testing
-from . import floor, gate, peers, plots, report
+from . import entries, floor, gate, peers, plots, report
 from .extend import KINDS, lengths_of
 from .timing import CudaClock
 
@@ -29,7 +29,7 @@ QUICK_SHAPES = ((1, 8, 2048), (2, 32, 1024))
 SOFTMAX_UP_TO = 8192
 
 
-def _inputs(b: int, h: int, n: int, d: int, e: int, dtype, device, seed: int = 0):
+def draw_inputs(b: int, h: int, n: int, d: int, e: int, dtype, device, seed: int = 0):
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(dim):
@@ -99,7 +99,7 @@ def run_packed(
     lengths = lengths_of(kind, num_seqs, tokens)
     edges = [0, *itertools.accumulate(lengths)]
     cu_seqlens = torch.tensor(edges, dtype=torch.int32, device=clock.device)
-    q, k, v, grad_out = inputs = _inputs(1, h, tokens, d, d, dtype, clock.device)
+    q, k, v, grad_out = inputs = draw_inputs(1, h, tokens, d, d, dtype, clock.device)
     slope = slopes.minimax(h, 0, 80, device=clock.device)
     peer.prepare(slope)
     own = [peer.lay_out(x) for x in inputs]
@@ -200,7 +200,7 @@ def picture(path: pathlib.Path, results: list[dict], caption: str) -> None:
     pyplot.close(figure)
 
 
-def _shape(text: str) -> tuple[int, ...]:
+def parse_shape(text: str) -> tuple[int, ...]:
     try:
         values = tuple(int(x) for x in text.split(","))
     except ValueError:
@@ -223,7 +223,9 @@ def _draw(path: pathlib.Path | None, results: list[dict], facts: dict) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m lightning_attn2_ext bench ops", description=__doc__)
-    parser.add_argument("--shapes", nargs="+", type=_shape, metavar="B,H,N[,D[,E]]", help="instead of the usual ones")
+    parser.add_argument(
+        "--shapes", nargs="+", type=parse_shape, metavar="B,H,N[,D[,E]]", help="instead of the usual ones"
+    )
     parser.add_argument("--packed", action="store_true", help="only the packed calls, beside what --shapes names")
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16")
     parser.add_argument("--device", default="cuda")
@@ -256,19 +258,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"copy: {bytes_per_s / 1e9:.0f} GB/s read + written; {arguments.dtype}, medians of {arguments.repeats}")
 
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[arguments.dtype]
-    entries, facts["peers"] = [], {}
-    for cls in peers.PEERS:
-        peer = cls()
-        if arguments.only and not any(part in peer.name for part in arguments.only):
-            continue
-        reason = peer.missing()
-        if reason is None and peer.softmax and dtype == torch.float32:
-            reason = "takes bf16 and fp16 only"
-        facts["peers"][peer.name] = reason or peer.version() or "present"
-        if reason:
-            print(f"skipped: {peer.name}: {reason}")
-        else:
-            entries.append(peer)
+    present, facts["peers"] = entries.choose(device, dtype, arguments.only, peers.PEERS)
     shapes = arguments.shapes or (() if arguments.packed else QUICK_SHAPES if arguments.quick else SHAPES)
     results: list[dict] = []
     for shape in shapes:
@@ -278,8 +268,8 @@ def main(argv: list[str] | None = None) -> int:
         plan = [info.plan_line(p, info.device_name(device)) for p in (problem, problem + ",backward")]
         print("", *plan, sep="\n", flush=True)
         slope = slopes.minimax(h, 0, 80, device=device)
-        inputs = _inputs(b, h, n, d, e, dtype, device)
-        for peer in entries:
+        inputs = draw_inputs(b, h, n, d, e, dtype, device)
+        for peer in present:
             if peer.softmax and n > SOFTMAX_UP_TO:
                 continue
             try:
@@ -304,7 +294,7 @@ def main(argv: list[str] | None = None) -> int:
         packed = ((8, 5, 2048),) if arguments.quick else PACKED
         for (h, num_seqs, tokens), kind in itertools.product(packed, KINDS):
             label = f"{num_seqs} seqs, {tokens}, H {h}, {kind}"
-            for peer in entries:
+            for peer in present:
                 if not peer.has_packed:
                     continue
                 sizes = (kind, h, num_seqs, tokens, 128)

@@ -74,8 +74,11 @@ class CudaClock:
             stop.record()
             del result
             pairs.append((start, stop))
-        torch.cuda.synchronize(self.device)
+        self.synchronize()
         return statistics.median(start.elapsed_time(stop) for start, stop in pairs)
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize(self.device)
 
 
 class GraphClock:
