@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lightning_attn2_ext import slopes
-from lightning_attn2_ext.bench import energy, gate, ops, peers
+from lightning_attn2_ext.bench import energy, entries, gate, ops, peers
 
 
 class Clock:
@@ -72,6 +72,16 @@ def test_wrong_results_get_no_figures(capsys, monkeypatch):
     rows = measure(meter)
     assert meter.looks == 0 and not any(r["passed"] or "ms" in r for r in rows)
     assert "WRONG RESULT" in capsys.readouterr().out and "WRONG" in energy.table(rows)
+
+
+def test_a_call_that_raises_is_a_row_and_only_ours_a_failure(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    error = ValueError("no\nsuch shape")
+    ours, theirs = (entries.failure(peer, error, torch.device("cuda", 0)) for peer in (peers.Ours(), peers.Fla()))
+    assert not ours["passed"] and theirs["passed"] and theirs["error"] == "ValueError: no"
+    assert f"failed: {peers.Fla.name}: ValueError: no\n" in capsys.readouterr().out
+    row = theirs | {"shape": "1,2,3,8", "what": "forward"}
+    assert "failed" in energy.table([row]) and peers.Fla.name in energy.table([row])
 
 
 def test_the_counter_is_that_of_the_device(monkeypatch):

@@ -14,7 +14,7 @@ from collections import defaultdict
 import torch
 
 from .. import slopes
-from . import report
+from . import machine, report
 
 CHUNK = 64
 HEADS = 16  # blocks of a launch: memory is no limit to them
@@ -57,8 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--json", metavar="OUT", help="write the results there too")
     arguments = parser.parse_args(argv)
-    if not torch.cuda.is_available():
-        print("bench calibrate needs a CUDA device")
+    if machine.cuda_device("bench calibrate") is None:
         return 2
     print(report.describe(report.environment()))
     before = os.environ.get("LA2_PLAN")

@@ -2,7 +2,8 @@
 
 Other benchmarks leave the GPU a pause before each call, in which L2 is rewritten and it cools down; a model does not.
 Here as many sets of inputs as exceed L2 several times are taken in turn, 100 calls ("layers") a round, for some
-seconds without a pause: time a call beside the flushed median, mean power, and joules for a million tokens (one layer,
+seconds without a pause: time a call (by the wall clock, with
+the host's where that is longer) beside the flushed median, mean power, and joules for a million tokens (one layer,
 the whole board, by NVML's counter of energy; it needs the package nvidia-ml-py). Results are checked against float64
 before anything is timed.
 """
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .. import slopes, testing
-from . import entries, gate, ops, peers, report
+from . import entries, gate, machine, ops, peers, report
 from .timing import CudaClock
 
 SHAPES = ((4, 32, 4096), (1, 64, 8192), (1, 8, 8192))
@@ -139,10 +140,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=20, help="flushed calls (default 20)")
     parser.add_argument("--json", metavar="OUT", help="write the results there too")
     arguments = parser.parse_args(argv)
-    if not torch.cuda.is_available():
-        print("bench energy needs a CUDA device, and torch sees none")
+    device = machine.cuda_device("bench energy")
+    if device is None:
         return 2
-    device = torch.device("cuda", torch.cuda.current_device())
     clock, meter, facts, rows = CudaClock(device), Meter(device), report.environment(), []
     facts["energy"] = meter.reason or "NVML"
     print(report.describe(facts))
@@ -159,13 +159,8 @@ def main(argv: list[str] | None = None) -> int:
             try:
                 found = measure(peer, sets, slope, clock, meter, arguments.seconds, arguments.repeats)
             except Exception as error:  # one operator that cannot do a shape must not end the run
-                torch.cuda.synchronize(device)
-                message = f"{type(error).__name__}: {error}".splitlines()[0]
-                print(f"failed: {peer.name}: {message}")
-                failed = {"shape": f"{b},{h},{n},{d}", "op": peer.name, "skipped": "failed", "error": message}
-                found = [
-                    failed | {"what": w, "passed": not isinstance(peer, peers.Ours)} for w in ("forward", "backward")
-                ]
+                failed = {"shape": f"{b},{h},{n},{d}"} | entries.failure(peer, error, device)
+                found = [failed | {"what": what} for what in ("forward", "backward")]
             rows += found
             if arguments.json:  # a run that is cut off leaves what it has
                 report.write_json(arguments.json, "energy", facts, rows)

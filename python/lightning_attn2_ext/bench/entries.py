@@ -112,3 +112,11 @@ def choose(
         else:
             found.append(peer)
     return found, said
+
+
+def failure(peer: peers.Peer, error: Exception, device: torch.device) -> dict:
+    """What stands in the place of figures where a call raised; says so. Only ours makes the run a failed one."""
+    torch.cuda.synchronize(device)
+    message = f"{type(error).__name__}: {error}".splitlines()[0]
+    print(f"failed: {peer.name}: {message}")
+    return {"op": peer.name, "skipped": "failed", "error": message, "passed": not isinstance(peer, peers.Ours)}

@@ -85,6 +85,14 @@ def qkv(b: int, h: int, n: int, d: int, dtype: torch.dtype, device: torch.device
     return results
 
 
+def cuda_device(command: str) -> torch.device | None:
+    """The CUDA device that is current; where torch sees none, says that ``command`` needs one."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    print(f"{command} needs a CUDA device, and torch sees none")
+    return None
+
+
 def add_arguments(parser: argparse.ArgumentParser, outputs: bool = True) -> None:
     """Those that every benchmark here has; without ``outputs``, where it has its own way to write results down."""
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -14,7 +14,7 @@ import pathlib
 import torch
 
 from .. import slopes, testing
-from . import entries, floor, gate, peers, plots, report
+from . import entries, floor, gate, machine, peers, plots, report
 from .ops import draw_inputs
 from .timing import CudaClock
 
@@ -134,10 +134,10 @@ def main(argv: list[str] | None = None) -> int:
         recorded = json.loads(pathlib.Path(arguments.source).read_text())
         facts, results = recorded["environment"], recorded["results"]
     else:
-        if not torch.cuda.is_available():
-            print("bench map needs a CUDA device, and torch sees none")
+        device = machine.cuda_device("bench map")
+        if device is None:
             return 2
-        facts, results = measure(arguments)
+        facts, results = measure(arguments, device)
     print("\n\n".join(table(results, what) for what in ("forward", "backward")))
     if arguments.plot and plots.missing() is None:
         picture(arguments.plot, results, report.describe(facts).splitlines()[1])
@@ -149,8 +149,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0 if results and not behind else 1
 
 
-def measure(arguments) -> tuple[dict, list[dict]]:
-    device = torch.device("cuda", torch.cuda.current_device())
+def measure(arguments, device: torch.device) -> tuple[dict, list[dict]]:
     facts, clock = report.environment(), CudaClock(device)
     facts["copy_gb_per_s"] = floor.copy_bandwidth(clock) / 1e9
     print(report.describe(facts))

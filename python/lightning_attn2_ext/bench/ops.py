@@ -275,14 +275,8 @@ def main(argv: list[str] | None = None) -> int:
             try:
                 found = run_peer(peer, inputs, slope, clock, bytes_per_s, arguments.repeats)
             except Exception as error:  # one operator that cannot do a shape must not end the run
-                torch.cuda.synchronize(device)
-                message = f"{type(error).__name__}: {error}".splitlines()[0]
-                print(f"failed: {peer.name}: {message}")
-                found = [
-                    {"what": w, "op": peer.name, "passed": not isinstance(peer, peers.Ours), "skipped": "failed"}
-                    | {"error": message}
-                    for w in ("forward", "backward")
-                ]
+                failed = entries.failure(peer, error, device)
+                found = [failed | {"what": what} for what in ("forward", "backward")]
             for r in found:
                 results.append({"shape": label, "plan": plan, **r})
         del inputs
@@ -301,12 +295,8 @@ def main(argv: list[str] | None = None) -> int:
                 try:
                     found = run_packed(peer, *sizes, dtype, clock, bytes_per_s, arguments.repeats)
                 except Exception as error:
-                    torch.cuda.synchronize(device)
-                    message = f"{type(error).__name__}: {error}".splitlines()[0]
-                    print(f"failed: {peer.name}: packed: {message}")
-                    passed = not isinstance(peer, peers.Ours)
-                    failed = {"op": peer.name, "passed": passed, "skipped": "failed", "error": message}
-                    found = [{"what": what, **failed} for what in ("forward", "backward")]
+                    failed = entries.failure(peer, error, device)
+                    found = [failed | {"what": what} for what in ("forward", "backward")]
                 results += [{"shape": label, **row} for row in found]
     print("\n" + tables(results))
     if arguments.json:

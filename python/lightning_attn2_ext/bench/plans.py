@@ -15,7 +15,7 @@ import torch
 
 from .. import info, slopes
 from ..testing import forced_plan
-from . import gate, report
+from . import gate, machine, report
 from .timing import CudaClock
 
 #: (B, H, N): few heads, where plans differ most, and the shapes that `bench ops` compares.
@@ -104,10 +104,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument("--json", metavar="OUT", help="write the results there too")
     arguments = parser.parse_args(argv)
-    if not torch.cuda.is_available():
-        print("bench plans needs a CUDA device, and torch sees none")
+    device = machine.cuda_device("bench plans")
+    if device is None:
         return 2
-    clock, facts, rows = CudaClock(torch.device("cuda", torch.cuda.current_device())), report.environment(), []
+    clock, facts, rows = CudaClock(device), report.environment(), []
     print(report.describe(facts))
     for text in arguments.shapes or [",".join(map(str, s)) for s in SHAPES]:
         batch, heads, length = map(int, text.split(","))
