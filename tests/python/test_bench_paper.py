@@ -149,6 +149,16 @@ def test_losses_are_compared_with_those_of_the_same_settings():
     assert loss.compared([*before, row("la2", 1e-6, [2.0])]) == []  # no reference yet
 
 
+def test_the_newest_record_comes_last(tmp_path, monkeypatch):
+    here = store.where(FACTS, True)
+    clock = iter(range(10))
+    monkeypatch.setattr(store.time, "time", lambda: next(clock))
+    for commit, value in (("abc", 1), ("abc", 2), ("def", 1)):
+        store.Store(tmp_path, here, commit).write("e", {"what": value}, {"passed": True}, 0.0, FACTS)
+    found = store.Store(tmp_path, here, "def").records("e")
+    assert [(r["config"]["what"], r["commit"]) for r in found] == [(2, "abc"), (1, "def")]
+
+
 def test_missing_leaves_what_another_commit_has(tmp_path, monkeypatch, capsys):
     command = [*CPU, "--only", "e", "--out", str(tmp_path)]
     for commit, more, measured in (("abc", (), 3), ("def", ("--missing",), 0), ("def", (), 3)):

@@ -58,11 +58,13 @@ class Store:
         _write(self.path(letter, config), record)
 
     def records(self, letter: str) -> list[dict]:
-        """The newest record of every configuration on this machine in this form, of whatever commit."""
+        """The newest record of every configuration on this machine in this form, of whatever commit; newest last."""
         newest: dict[str, dict] = {}
         for record in sorted(self._all(letter), key=lambda r: r["written"]):
             if all(record[name] == self.here[name] for name in _WHERE):
-                newest[json.dumps(record["config"], sort_keys=True)] = record
+                config = json.dumps(record["config"], sort_keys=True)
+                newest.pop(config, None)  # it goes to the end
+                newest[config] = record
         return list(newest.values())
 
     def rows(self, letter: str) -> list[dict]:
