@@ -102,10 +102,10 @@ __device__ __forceinline__ void gather(GatherStorage<Cfg>& smem, const Trilinear
       const GatherStage<Cfg>& stage = smem.stages[ptx::uniform(ring.stage)];
       ptx::mbarrier_wait(shared_address(&smem.full[ring.stage]), ring.parity);
       uint32_t weighted[kChunk / 16][4], rest[kChunk / 16][4];
-      const float* weights = token_weights(powers, job.reverse, rows, me);
-      weigh_columns<T, Cfg::kSplit>(weighted, rest, stage.c, gatherer, [&](int j) { return update * weights[j]; }, me);
+      weigh_columns<T, Cfg::kSplit>(weighted, rest, stage.c, gatherer, token_weights(powers, job.reverse, rows, me),
+                                    update, me);
       constexpr int kAtOnce = Cfg::kSplit || Cfg::kTileA > 128 ? 32 : 64;
-      update_rows<T, Cfg::kSplit, kAtOnce>(z, weighted, rest, stage.b, powers.ascending()[rows], Decayed());
+      update_rows<T, Cfg::kSplit, kAtOnce>(z, weighted, rest, stage.b, powers.ascending()[rows]);
       release_stage(smem.empty[ring.stage], schedule.cluster, me.lane);
     }
     if (p.states_alone) {

@@ -11,21 +11,13 @@ __device__ __forceinline__ void clear(Accumulators<kRegs>& z) {
 #pragma unroll
   for (int i = 0; i < kRegs; ++i) z[i] = 0.f;
 }
-// How an element goes on.
-struct Decayed {
-  __device__ __forceinline__ float operator()(float z, float lambda_rows, float sum) const {
-    return fmaf(z, lambda_rows, sum);
-  }
-};
-
 // Z^T = lambda^C Z^T + (weighted c)^T b for 64 columns of c. The chunk is summed from zero: a tensor core cuts off what
 // it adds to a larger sum, always towards zero, and without decay a state grows from chunk to chunk; the addition to Z
-// rounds (../DESIGN.md). kAtOnce: accumulators of a sum, as the registers allow. add(z, lambda^C, sum):
-// what becomes of an element.
-template <class T, bool kSplit, int kAtOnce, class Tile, int kRegs, class Add>
+// rounds (../DESIGN.md). kAtOnce: accumulators of a sum, as the registers allow.
+template <class T, bool kSplit, int kAtOnce, class Tile, int kRegs>
 __device__ __forceinline__ void update_rows(Accumulators<kRegs>& z, const uint32_t (&weighted)[kChunk / 16][4],
                                             const uint32_t (&rest)[kChunk / 16][4], const Tile& b_tile,
-                                            float lambda_rows, const Add& add) {
+                                            float lambda_rows) {
   constexpr int kPart = kRegs < kAtOnce ? kRegs : kAtOnce;
 #pragma unroll
   for (int part = 0; part < kRegs / kPart; ++part) {
@@ -42,7 +34,7 @@ __device__ __forceinline__ void update_rows(Accumulators<kRegs>& z, const uint32
     ptx::wgmma_wait<0>();
     ptx::pin_registers(sum);
 #pragma unroll
-    for (int i = 0; i < kPart; ++i) z[part * kPart + i] = add(z[part * kPart + i], lambda_rows, sum[i]);
+    for (int i = 0; i < kPart; ++i) z[part * kPart + i] = fmaf(z[part * kPart + i], lambda_rows, sum[i]);
   }
 }
 

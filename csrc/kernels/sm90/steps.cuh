@@ -107,11 +107,11 @@ __device__ __forceinline__ void add_diagonal(Accumulators<Tile::kCols / 2>& out,
   }
 }
 
-// Accumulators of 16 rows of this warp, times `upper` (the first 8) and `lower`, rounded to rows `row`.. of a tile in
-// shared memory; with kParts 2 what the rounding left to a second one. seen(pair): of all that is stored.
-template <class Tile, class T, int kParts, int kRegs, class Seen>
-__device__ __forceinline__ void store_rounded(Tile (&tiles)[kParts], int row, const Accumulators<kRegs>& d, float upper,
-                                              float lower, int lane, const Seen& seen) {
+// Accumulators of 16 rows of this warp, times `factor`, rounded to rows `row`.. of a tile in shared memory; with kParts
+// 2 what the rounding left to a second one.
+template <class Tile, class T, int kParts, int kRegs>
+__device__ __forceinline__ void store_rounded(Tile (&tiles)[kParts], int row, const Accumulators<kRegs>& d,
+                                              float factor, int lane) {
   static_assert(kParts == 1 || kParts == 2);
   const auto to = tile::swizzled_rows_first<Tile>(shared_address(&tiles[0]), row, 0, lane);
 #pragma unroll
@@ -119,34 +119,28 @@ __device__ __forceinline__ void store_rounded(Tile (&tiles)[kParts], int row, co
     uint32_t pairs[4], rest[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float factor = i % 2 == 0 ? upper : lower;
       const float low = d[8 * g + 2 * i] * factor, high = d[8 * g + 2 * i + 1] * factor;
       if constexpr (kParts == 2) {
         tile::split_pair<T>(low, high, pairs[i], rest[i]);
       } else {
         pairs[i] = tile::pack<T>(low, high);
       }
-      seen(pairs[i]);
     }
     ptx::stmatrix_x4(to.at(0, 2 * g), pairs);
     if constexpr (kParts == 2) ptx::stmatrix_x4(to.at(0, 2 * g) + Tile::kBytes, rest);
   }
 }
 
-struct Unseen {
-  __device__ __forceinline__ void operator()(uint32_t) const {}
-};
-
-// This warp's 16 rows of a chunk of out, times `upper` and `lower`, through its own rows of `staging`, to memory.
+// This warp's 16 rows of a chunk of out, through its own rows of `staging`, to memory.
 template <class T, class Tile>
-__device__ __forceinline__ void store_out(Tile (&staging)[1], const Accumulators<Tile::kCols / 2>& out, float upper,
-                                          float lower, const CUtensorMap& map, const TrilinearJob& job,
-                                          const Item& item, int chunk, bool is_packed, const WarpgroupLane& me) {
+__device__ __forceinline__ void store_out(Tile (&staging)[1], const Accumulators<Tile::kCols / 2>& out,
+                                          const CUtensorMap& map, const TrilinearJob& job, const Item& item, int chunk,
+                                          bool is_packed, const WarpgroupLane& me) {
   const uint32_t tile = shared_address(&staging[0]);
   const int first_row = me.warp * 16, rows = item.rows_of(chunk);
   if (ptx::elect_one()) ptx::tma_store_wait_read();
   __syncwarp();
-  store_rounded<Tile, T>(staging, first_row, out, upper, lower, me.lane, Unseen());
+  store_rounded<Tile, T>(staging, first_row, out, 1.f, me.lane);
   if (is_packed && rows < kChunk) {  // the map does not end where the sequence does
     __syncwarp();
     T* to = static_cast<T*>(job.out.data) + item.batch * job.out.stride_b + item.head * job.out.stride_h +
@@ -169,11 +163,10 @@ __device__ __forceinline__ void store_out(Tile (&staging)[1], const Accumulators
 }
 
 // 64 columns of c transposed, from column 64 `block` on, weighted by the token, as A operand of a state's update: rows
-// are this warp's 16 of those columns. weight(j), a constant j: of this lane's token 2 pair + j. kSplit: `rest` is what
-// the rounding left.
-template <class T, bool kSplit, class Tile, class Weight>
+// are this warp's 16 of those columns. kSplit: `rest` is what the rounding left.
+template <class T, bool kSplit, class Tile>
 __device__ __forceinline__ void weigh_columns(uint32_t (&weighted)[kChunk / 16][4], uint32_t (&rest)[kChunk / 16][4],
-                                              const Tile& c_tile, int block, const Weight& weight,
+                                              const Tile& c_tile, int block, const float* weights, float factor,
                                               const WarpgroupLane& me) {
   const auto values = tile::swizzled_units_first<Tile>(shared_address(&c_tile), 0, 2 * me.warp, me.lane);
 #pragma unroll
@@ -184,7 +177,7 @@ __device__ __forceinline__ void weigh_columns(uint32_t (&weighted)[kChunk / 16][
     for (int i = 0; i < 4; ++i) {
       const int token = k * 16 + 8 * (i / 2);
       const float2 value = tile::unpack<T>(c[i]);
-      const float low = value.x * weight(token), high = value.y * weight(token + 1);
+      const float low = value.x * (factor * weights[token]), high = value.y * (factor * weights[token + 1]);
       if constexpr (kSplit) {
         tile::split_pair<T>(low, high, weighted[k][i], rest[k][i]);
       } else {
@@ -220,11 +213,6 @@ __device__ __forceinline__ float largest_of_warp(const Accumulators<kRegs>& z, f
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, step));
   return largest;
-}
-
-__device__ __forceinline__ float largest_of_warps(const float (&of_warp)[4]) {
-  const float4 all = *reinterpret_cast<const float4*>(of_warp);
-  return fmaxf(fmaxf(all.x, all.y), fmaxf(all.z, all.w));
 }
 
 // This warp is done with a stage.

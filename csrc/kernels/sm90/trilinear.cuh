@@ -4,7 +4,6 @@
 
 #include <type_traits>
 
-#include "scaled.cuh"
 #include "state.cuh"
 #include "steps.cuh"
 
@@ -13,10 +12,9 @@ namespace la2::sm90 {
 // ---- config
 
 // kTileA: Da rounded up, the missing columns read as zero. kSlice: the columns of Dc of a block.
-// kSplit: for the gradients, whose error would else be above that of their own rounding (../DESIGN.md); out's is not.
-// In fp16 the two operands that are rounded from float32, the state and the weighted c, go in as a sum of two 16-bit
-// numbers (dq does without the second half of c, for which a slice of 128 has no registers to spare: kSplitsValues). In
-// bf16 all operands become scaled fp16 instead (kScales, scaled.cuh).
+// kSplit: the two operands that are rounded from float32, the state and the weighted c, go in as a sum of two 16-bit
+// numbers. The gradients need it for an error below that of their own rounding (../DESIGN.md); out does not. dq does
+// without the second half of c, for which a slice of 128 has no registers to spare (kSplitsValues).
 // kBoth: a second job runs along, T(a', c, b) beside T(a, b, c), whose state is the transposed of the first one's: dv
 // beside dk. One slice is all of Dc then.
 template <class T_, int kTileA_, int kSlice_, bool kSplit_, bool kBoth_ = false>
@@ -25,22 +23,16 @@ struct Config {
   static constexpr int kTileA = kTileA_, kSlice = kSlice_;
   static constexpr bool kSplit = kSplit_, kBoth = kBoth_;
   static constexpr bool kAlone = false;  // one item to a block, no clusters (work.cuh)
-  static constexpr bool kScales = kSplit && std::is_same<T, __nv_bfloat16>::value;
-  using Operand = typename std::conditional<kScales, __half, T>::type;  // of the products
-  static constexpr bool kSplitsState = kSplit && !kScales, kSplitsValues = kSplitsState && (kSlice == 64 || kBoth);
+  static constexpr bool kSplitsValues = kSplit && (kSlice == 64 || kBoth);
   static constexpr bool kNeedsRange = std::is_same<T, __half>::value;  // 65504 ends it, and a state may not
 
   using TileA = tile::SwizzledTile<T, kChunk, kTileA>;
   using TileC = tile::SwizzledTile<T, kChunk, kSlice>;
   using TileZ = tile::SwizzledTile<T, kSlice, kTileA>;  // the state transposed
 
-  static constexpr int kParts = kSplitsState ? 2 : 1;  // of the state: what 16 bits hold, and the rest
-  static constexpr int kThreads = 384;                 // producer, output and state warpgroup
-  // Of each role; together no more than the block is launched with, or the last one waits for ever.
-  static constexpr int kProducerRegisters = kScales ? 72 : 48, kOutputRegisters = kScales ? 216 : 224;
-  static constexpr int kStateRegisters = kScales ? 216 : 224;
-  static_assert(kProducerRegisters + kOutputRegisters + kStateRegisters <= 3 * 168);
-  static constexpr int kTiles = kBoth ? 4 : 3;  // of a stage
+  static constexpr int kParts = kSplit ? 2 : 1;  // of the state: what 16 bits hold, and the rest
+  static constexpr int kThreads = 384;           // producer, output and state warpgroup
+  static constexpr int kProducerRegisters = 48, kConsumerRegisters = 224;
 
   // What fits into 227 KB: a second buffer of the state where its operand is not split, then stages, at most 4.
   static constexpr int kStateBuffers = kSplit ? 1 : 2;
@@ -59,29 +51,24 @@ struct Stage {
   typename Cfg::TileC second_a[Cfg::kBoth];  // [C, Dc]: a of the second job, whose b is c and whose c is b
 };
 
-// Arrivals: the copy engine's bytes and the producer (full, tail; copied), or every converter warp (full, with
-// kScales); every consumer warp of the cluster (empty); every warp of the state warpgroup (state_full), of the output
-// warpgroup (state_empty).
+// Arrivals: the copy engine's bytes and the producer (full, tail); every consumer warp of the cluster (empty); every
+// warp of the state warpgroup (state_full), of the output warpgroup (state_empty).
 template <class Cfg>
 struct SharedStorage {
   Stage<Cfg> stages[Cfg::kStages];
   typename Cfg::TileZ state[Cfg::kStateBuffers][Cfg::kParts];  // Z^T [slice, Da] as it enters a chunk
   typename Cfg::TileC out[1];                                  // [C, slice] on its way to memory
   typename Cfg::TileA second_out[Cfg::kBoth];                  // [C, Da]
-  typename std::conditional<Cfg::kScales, ScaledWeights, Weights>::type weights;  // of the output warpgroup
-  Scales scales[Cfg::kScales ? Cfg::kStages : 0];
-  Item item;                        // its own, where it has no registers to keep it
-  tile::Decay<kChunk> powers;       // of the state warpgroup, which may be an item ahead
-  float update;                     // its job's, where it has no register to keep it
-  int range[Cfg::kStateBuffers];    // fp16: the state's operand was divided by 2^range
-  alignas(16) float largest[2][4];  // of each state warp, by turns; read as one vector
+  Weights weights;                                             // of the output warpgroup
+  Item item;                                                   // its own, where it has no registers to keep it
+  tile::Decay<kChunk> powers;                                  // of the state warpgroup, which may be an item ahead
+  float range_undo[Cfg::kStateBuffers];                        // fp16: the state's operand was divided by this
+  alignas(16) float largest[4];                                // read as one vector
   uint64_t full[Cfg::kStages], empty[Cfg::kStages], tail;
-  uint64_t empty_a[Cfg::kScales ? Cfg::kStages : 0];              // empty is b and c alone then
-  uint64_t copied[Cfg::kScales ? Cfg::kStages : 0][Cfg::kTiles];  // b, c, a, a of the second job
   uint64_t state_full[Cfg::kStateBuffers], state_empty[Cfg::kStateBuffers];
 };
 
-enum NamedBarrier { kOutputWarps = 1, kStateWarps = 2, kConverters = 3 };
+enum NamedBarrier { kOutputWarps = 1, kStateWarps = 2 };
 
 // ---- steps of the output warpgroup
 
@@ -104,9 +91,9 @@ __device__ __forceinline__ void issue_inter(Accumulators<kRegs>& out, const Tile
 
 // What the state's operand was divided by, read by the lane that will say that its warp is done with it.
 template <class Cfg>
-__device__ __forceinline__ int range_of(const SharedStorage<Cfg>& smem, int state) {
-  const uint32_t from = shared_address(&smem.range[state]);
-  return __float_as_int(ptx::broadcast_shared(from));
+__device__ __forceinline__ float range_undo_of(const SharedStorage<Cfg>& smem, int state) {
+  const uint32_t from = shared_address(&smem.range_undo[state]);
+  return ptx::broadcast_shared(from);
 }
 
 // ---- steps of the state warpgroup
@@ -120,7 +107,6 @@ template <class Cfg, class Pause>
 __device__ __forceinline__ void update_state(StateAccumulators<Cfg>& z, const Stage<Cfg>& stage,
                                              const tile::Decay<kChunk>& powers, float factor, bool reverse, int rows,
                                              bool is_result, const WarpgroupLane& me, const Pause& pause) {
-  static_assert(!Cfg::kScales);
   using T = typename Cfg::T;
   constexpr int kBlocks = Cfg::kSlice / 64, kAtOnce = kBlocks * Cfg::kTileA <= 128 ? 64 : 32;
   const float* weights = token_weights(powers, reverse, rows, me);
@@ -130,9 +116,9 @@ __device__ __forceinline__ void update_state(StateAccumulators<Cfg>& z, const St
     uint32_t weighted[kChunk / 16][4], rest[kChunk / 16][4];
     auto update = [&](auto splits) {
       constexpr bool kSplits = decltype(splits)::value;
-      weigh_columns<T, kSplits>(weighted, rest, stage.c, block, [&](int j) { return factor * weights[j]; }, me);
+      weigh_columns<T, kSplits>(weighted, rest, stage.c, block, weights, factor, me);
       if (kBlocks > 1 && block == kBlocks - 1) pause();
-      update_rows<T, kSplits, kAtOnce>(z[block], weighted, rest, stage.b, lambda_rows, Decayed());
+      update_rows<T, kSplits, kAtOnce>(z[block], weighted, rest, stage.b, lambda_rows);
     };
     if (Cfg::kSplit || !is_result)
       update(std::integral_constant<bool, Cfg::kSplitsValues>());
@@ -141,53 +127,30 @@ __device__ __forceinline__ void update_state(StateAccumulators<Cfg>& z, const St
   }
 }
 
-// The same with scaled operands, Z += 2^m update sum(...). Returns what bounds the |sum|.
-template <class Cfg, class Pause>
-__device__ __forceinline__ float update_scaled_state(StateAccumulators<Cfg>& z, const Stage<Cfg>& stage,
-                                                     const Scales& scales, const tile::Decay<kChunk>& powers,
-                                                     float factor, bool reverse, int rows, const WarpgroupLane& me,
-                                                     const Pause& pause) {
-  constexpr int kBlocks = Cfg::kSlice / 64, kAtOnce = 32;
-  const float* weights = token_weights(powers, reverse, rows, me);
-  const float* tokens = scales.token + me.pair * 2;
-  const int exponent = scales.upto[reverse ? 0 : rows - 1];
-  const float lambda_rows = powers.ascending()[rows];
-  const float to_one = two_to(scales.most - exponent - kTokenBits), by = times_two_to(factor, exponent);
-#pragma unroll
-  for (int block = 0; block < kBlocks; ++block) {
-    uint32_t weighted[kChunk / 16][4];
-    weigh_columns<__half, false>(
-        weighted, weighted, stage.c, block, [&](int j) { return weights[j] * (tokens[j] * to_one); }, me);
-    if (kBlocks > 1 && block == kBlocks - 1) pause();
-    update_rows<__half, false, kAtOnce>(
-        z[block], weighted, weighted, stage.b, lambda_rows,
-        [&](float element, float lambda, float sum) { return fmaf(sum, by, element * lambda); });
-  }
-  constexpr float kMost = kChunk * 0x1p32f;
-  return fabsf(by) * kMost;
-}
-
-// The largest |Z| of the block.
+// fp16: the factor that brings every |Z| of the block into range, and its inverse in `undo`; else 1.
 template <class Cfg>
-__device__ __forceinline__ float largest_of_block(const StateAccumulators<Cfg>& z, SharedStorage<Cfg>& smem,
-                                                  const WarpgroupLane& me) {
+__device__ __forceinline__ float operand_range(const StateAccumulators<Cfg>& z, SharedStorage<Cfg>& smem, float* undo,
+                                               const WarpgroupLane& me) {
+  if constexpr (!Cfg::kNeedsRange) return 1.f;
   float largest = 0.f;
 #pragma unroll
   for (int block = 0; block < Cfg::kSlice / 64; ++block) largest = largest_of_warp(z[block], largest);
   ptx::named_barrier_sync(kStateWarps, 128);  // everyone is done with the last ones
-  if (me.lane == 0) smem.largest[0][ptx::opaque(me.warp)] = largest;
+  if (me.lane == 0) smem.largest[me.warp] = largest;
   ptx::named_barrier_sync(kStateWarps, 128);
-  return largest_of_warps(smem.largest[0]);
+  largest = fmaxf(fmaxf(smem.largest[0], smem.largest[1]), fmaxf(smem.largest[2], smem.largest[3]));
+  const int exponent = range_exponent(largest);
+  if (me.warp == 0 && me.lane == 0) *undo = power_of_two(exponent);
+  return power_of_two(-exponent);
 }
 
 // ---- roles
 
-// Warp 0 of the producer warpgroup; lane 0 starts the copies. With kScales every tile announces itself to the
-// converters, who also clear what stands behind a sequence.
+// Warp 0 of the producer warpgroup; lane 0 starts the copies.
 template <class Cfg>
 __device__ __forceinline__ void produce(SharedStorage<Cfg>& smem, const TrilinearParams& p, const TrilinearJob& job,
                                         const JobMaps* maps) {
-  const Schedule<Cfg::kAlone, !Cfg::kBoth> schedule(job);
+  const Schedule<Cfg::kAlone> schedule(job);
   const int lane = threadIdx.x % 32;
   Ring<Cfg::kStages> ring;
   uint32_t tail_parity = 0;
@@ -198,34 +161,12 @@ __device__ __forceinline__ void produce(SharedStorage<Cfg>& smem, const Trilinea
       const int chunk = item.chunk_at(step), rows = item.rows_of(chunk);
       Stage<Cfg>& stage = smem.stages[ring.stage];
       // Behind the end of a dense sequence the map ends and zeroes come; behind a packed one, its neighbour.
-      const ptx::TmaBox box = item.box(chunk);
-      if constexpr (Cfg::kScales) {
-        const uint32_t copied = shared_address(&smem.copied[ring.stage]);
-        ptx::mbarrier_wait(shared_address(&smem.empty_a[ring.stage]), ring.parity ^ 1);
-        if (lane == 0) {
-          ptx::mbarrier_arrive_expect(copied + 2 * 8, Cfg::TileA::kBytes);
-          load_tile_shared<typename Cfg::TileA>(shared_address(&stage.a), &maps->a, copied + 2 * 8, box,
-                                                schedule.rank(), schedule.cluster);
-          if constexpr (Cfg::kBoth) {
-            ptx::mbarrier_arrive_expect(copied + 3 * 8, Cfg::TileC::kBytes);
-            load_tile<typename Cfg::TileC>(shared_address(&stage.second_a[0]), &maps[1].a, copied + 3 * 8, box, 0);
-          }
-        }
-        ptx::mbarrier_wait(shared_address(&smem.empty[ring.stage]), ring.parity ^ 1);
-        if (lane == 0) {
-          ptx::mbarrier_arrive_expect(copied, Cfg::TileA::kBytes);
-          load_tile_shared<typename Cfg::TileA>(shared_address(&stage.b), &maps->b, copied, box, schedule.rank(),
-                                                schedule.cluster);
-          ptx::mbarrier_arrive_expect(copied + 8, Cfg::TileC::kBytes);
-          load_tile<typename Cfg::TileC>(shared_address(&stage.c), &maps->c, copied + 8, box, item.first_col);
-        }
-        continue;
-      }
       const bool clears = p.cu_seqlens.data != nullptr && rows < kChunk;
       const uint32_t full = shared_address(&smem.full[ring.stage]);
       const uint32_t barrier = clears ? shared_address(&smem.tail) : full;
       ptx::mbarrier_wait(shared_address(&smem.empty[ring.stage]), ring.parity ^ 1);
       if (lane == 0) {
+        const ptx::TmaBox box = item.box(chunk);
         ptx::mbarrier_arrive_expect(barrier, sizeof(Stage<Cfg>));
         load_tile_shared<typename Cfg::TileA>(shared_address(&stage.b), &maps->b, barrier, box, schedule.rank(),
                                               schedule.cluster);
@@ -240,51 +181,13 @@ __device__ __forceinline__ void produce(SharedStorage<Cfg>& smem, const Trilinea
   }
 }
 
-// The other three warps of that warpgroup, each some rows of every tile as it comes. The
-// tiles of a come first, whose place is free first.
-template <class Cfg>
-__device__ __forceinline__ void convert(SharedStorage<Cfg>& smem, const TrilinearParams& p, const TrilinearJob& job) {
-  const Schedule<Cfg::kAlone, !Cfg::kBoth> schedule(job);
-  Ring<Cfg::kStages> ring;
-  for (int index = schedule.first(); index < schedule.count(p); index = schedule.after(index, p)) {
-    const Item item = schedule.item(p, job, index, Cfg::kSlice);
-    if (!item.is_valid) break;
-    const float slope_log2 = bits_of_slope(simt::slope_of<float>(p, item.sequence, item.head));
-    for (int step = 0; step < item.num_chunks; ++step, ring.advance()) {
-      const int thread = ptx::opaque(threadIdx.x), warp = thread / 32 - 1, lane = thread % 32;
-      const int rows = item.rows_of(item.chunk_at(step));
-      Stage<Cfg>& stage = smem.stages[ring.stage];
-      Scales& scales = smem.scales[ring.stage];
-      const uint32_t copied = shared_address(&smem.copied[ring.stage]);
-      const uint32_t a = shared_address(&stage.a), b = shared_address(&stage.b), c = shared_address(&stage.c);
-      ptx::mbarrier_wait(copied + 2 * 8, ring.parity);
-      if constexpr (Cfg::kBoth) {
-        ptx::mbarrier_wait(copied + 3 * 8, ring.parity);
-        convert_rows<typename Cfg::TileA, typename Cfg::TileC>(a, scales.of_a, shared_address(&stage.second_a[0]),
-                                                               scales.of_second_a, rows, warp, lane);
-      } else {
-        convert_rows<typename Cfg::TileA>(a, scales.of_a, rows, warp, lane);
-      }
-      ptx::mbarrier_wait(copied, ring.parity);
-      ptx::mbarrier_wait(copied + 8, ring.parity);
-      convert_rows<typename Cfg::TileA, typename Cfg::TileC>(b, scales.of_b, c, scales.of_c, rows,
-                                                             (warp + 2) % kConverterWarps, lane);
-      ptx::named_barrier_sync(kConverters, kConverterWarps * 32);
-      if (warp == 2) scales.fill(slope_log2, job.reverse, lane);
-      ptx::fence_proxy_async();
-      __syncwarp();
-      if (lane == 0) ptx::mbarrier_arrive(shared_address(&smem.full[ring.stage]));
-    }
-  }
-}
-
 // out = diag(inter lambda^n) a Z + (M . a b^T) c, chunk by chunk. The scores of the next chunk are issued before this
 // chunk's result is stored.
 template <class Cfg>
 __device__ __forceinline__ void write_outputs(SharedStorage<Cfg>& smem, const TrilinearParams& p,
                                               const TrilinearJob& job, const JobMaps& maps) {
-  using T = typename Cfg::Operand;
-  const Schedule<Cfg::kAlone, !Cfg::kBoth> schedule(job);
+  using T = typename Cfg::T;
+  const Schedule<Cfg::kAlone> schedule(job);
   const WarpgroupLane me;
   const bool reverse = job.reverse;
   const bool is_packed = p.cu_seqlens.data != nullptr;
@@ -312,61 +215,38 @@ __device__ __forceinline__ void write_outputs(SharedStorage<Cfg>& smem, const Tr
       ptx::mbarrier_wait(shared_address(&smem.state_full[state]), state_ring.parity);
       issue_inter<T, tile::RowsOperand>(out, smem.stages[stage].a, smem.state[state]);
       uint32_t masked[kChunk / 16][4];
+      mask_scores<T, false>(masked, nullptr, scores, smem.weights, me);
       const int row = me.warp * 16 + me.group;
-      float upper, lower, last_upper = 1.f, last_lower = 1.f;
-      if constexpr (Cfg::kScales) {
-        const Scales& scales = smem.scales[stage];
-        mask_scaled_scores(masked, scores, smem.weights, scales, me);
-        const int range = range_of(smem, state);
-        const RowScale first_row(smem.weights, scales, range, reverse, rows, row),
-            second_row(smem.weights, scales, range, reverse, rows, row + 8);
-        upper = first_row.inter;
-        lower = second_row.inter;
-        last_upper = first_row.last(scales.of_a[row]);
-        last_lower = second_row.last(scales.of_a[row + 8]);
-      } else {
-        mask_scores<T, false>(masked, nullptr, scores, smem.weights, me);
-        upper = row_weight(smem.weights, reverse, rows, row);
-        lower = row_weight(smem.weights, reverse, rows, row + 8);
-        if constexpr (Cfg::kNeedsRange) {
-          const float undo = power_of_two(range_of(smem, state));
-          upper *= undo;
-          lower *= undo;
-        }
+      float upper = row_weight(smem.weights, reverse, rows, row),
+            lower = row_weight(smem.weights, reverse, rows, row + 8);
+      if constexpr (Cfg::kNeedsRange) {
+        const float undo = range_undo_of(smem, state);
+        upper *= undo;
+        lower *= undo;
       }
       ptx::wgmma_wait<0>();
       ptx::pin_registers(out);
       __syncwarp();
       if (me.lane == 0) ptx::mbarrier_arrive(shared_address(&smem.state_empty[state]));
       state_ring.advance();
-      const bool has_next = step + 1 < item.num_chunks;
-      if constexpr (Cfg::kScales)
-        if (has_next) release_stage(smem.empty_a[stage], schedule.cluster, me.lane);
       scale_rows(out, upper, lower);
       issue_intra<T>(out, masked, smem.stages[stage].c);
 
       // Behind the last chunk the scores are computed once more, unused: products in flight across a branch would be
       // serialised.
       ring.advance();
-      if constexpr (Cfg::kScales) {  // what is copied next has to be converted as well: the stage goes back before
-        ptx::wgmma_wait<0>();
-        ptx::pin_registers(out);
-        if (has_next) release_stage(smem.empty[stage], schedule.cluster, me.lane);
-      }
+      const bool has_next = step + 1 < item.num_chunks;
       if (has_next) ptx::mbarrier_wait(shared_address(&smem.full[ring.stage]), ring.parity);
       const Stage<Cfg>& next = smem.stages[ptx::uniform(has_next ? ring.stage : stage)];
       issue_scores<T>(scores, next.a, next.b);
       ptx::wgmma_wait<1>();
       ptx::pin_registers(out);
-      if (!Cfg::kScales && has_next) release_stage(smem.empty[stage], schedule.cluster, me.lane);
+      if (has_next) release_stage(smem.empty[stage], schedule.cluster, me.lane);
 
-      store_out<typename Cfg::T>(smem.out, out, last_upper, last_lower, maps.out, job, item, chunk, is_packed, me);
+      store_out<T>(smem.out, out, maps.out, job, item, chunk, is_packed, me);
       ptx::wgmma_wait<0>();
       ptx::pin_registers(scores);
-      if (!has_next) {
-        if constexpr (Cfg::kScales) release_stage(smem.empty_a[stage], schedule.cluster, me.lane);
-        release_stage(smem.empty[stage], schedule.cluster, me.lane);
-      }
+      if (!has_next) release_stage(smem.empty[stage], schedule.cluster, me.lane);
     }
   }
   if (ptx::elect_one()) ptx::tma_store_wait();  // the lane that committed them
@@ -376,9 +256,9 @@ __device__ __forceinline__ void write_outputs(SharedStorage<Cfg>& smem, const Tr
 template <class Cfg>
 __device__ __forceinline__ void write_both_outputs(SharedStorage<Cfg>& smem, const TrilinearParams& p,
                                                    const JobMaps* maps) {
-  using T = typename Cfg::Operand;
+  using T = typename Cfg::T;
   const TrilinearJob &first = p.jobs[0], &second = p.jobs[1];
-  const Schedule<Cfg::kAlone, !Cfg::kBoth> schedule(first);
+  const Schedule<Cfg::kAlone> schedule(first);
   const WarpgroupLane me;
   constexpr bool reverse = true;  // the pair is dk and dv
   const bool is_packed = p.cu_seqlens.data != nullptr;
@@ -397,13 +277,6 @@ __device__ __forceinline__ void write_both_outputs(SharedStorage<Cfg>& smem, con
     const Item& item = smem.item;
 
     uint32_t masked[kChunk / 16][4], second_masked[kChunk / 16][4], diagonal[4], second_diagonal[4];
-    auto mask = [&](auto& to, auto& rest, const auto& scores, int stage) {
-      if constexpr (Cfg::kScales) {
-        mask_scaled_scores(to, scores, smem.weights, smem.scales[stage], me);
-      } else {
-        mask_scores<T, true>(to, rest, scores, smem.weights, me);
-      }
-    };
     {
       Accumulators<kChunk / 2> scores, second_scores;
       ptx::mbarrier_wait(shared_address(&smem.full[ring.stage]), ring.parity);
@@ -413,8 +286,8 @@ __device__ __forceinline__ void write_both_outputs(SharedStorage<Cfg>& smem, con
       ptx::wgmma_wait<0>();
       ptx::pin_registers(scores);
       ptx::pin_registers(second_scores);
-      mask(masked, diagonal, scores, ring.stage);
-      mask(second_masked, second_diagonal, second_scores, ring.stage);
+      mask_scores<T, true>(masked, diagonal, scores, smem.weights, me);
+      mask_scores<T, true>(second_masked, second_diagonal, second_scores, smem.weights, me);
     }
     for (int step = 0; step < item.num_chunks; ++step) {
       const int chunk = item.chunk_at(step), rows = item.rows_of(chunk);
@@ -424,84 +297,53 @@ __device__ __forceinline__ void write_both_outputs(SharedStorage<Cfg>& smem, con
       Accumulators<Cfg::kTileA / 2> second_out;
       ptx::mbarrier_wait(shared_address(&smem.state_full[state]), state_ring.parity);
       const int row = me.warp * 16 + me.group;
+      float upper = row_weight(smem.weights, reverse, rows, row),
+            lower = row_weight(smem.weights, reverse, rows, row + 8);
       issue_inter<T, tile::RowsOperand>(out, stage.a, smem.state[state]);
       issue_inter<T, tile::ColumnsOperand>(second_out, stage.second_a[0], smem.state[state]);
-      float upper, lower, last[2][2] = {{1.f, 1.f}, {1.f, 1.f}};  // of each job, of each row
-      if constexpr (Cfg::kScales) {
-        const Scales& scales = smem.scales[stage_idx];
-        const int range = range_of(smem, state);
-        const RowScale first_row(smem.weights, scales, range, reverse, rows, row),
-            second_row(smem.weights, scales, range, reverse, rows, row + 8);
-        upper = first_row.inter;
-        lower = second_row.inter;
-        last[0][0] = first_row.last(scales.of_a[row]);
-        last[0][1] = second_row.last(scales.of_a[row + 8]);
-        last[1][0] = first_row.last(scales.of_second_a[row]);
-        last[1][1] = second_row.last(scales.of_second_a[row + 8]);
-      } else {
-        upper = row_weight(smem.weights, reverse, rows, row);
-        lower = row_weight(smem.weights, reverse, rows, row + 8);
-        if constexpr (Cfg::kNeedsRange) {
-          const float undo = power_of_two(range_of(smem, state));
-          upper *= undo;
-          lower *= undo;
-        }
+      if constexpr (Cfg::kNeedsRange) {
+        const float undo = range_undo_of(smem, state);
+        upper *= undo;
+        lower *= undo;
       }
       ptx::wgmma_wait<1>();
       ptx::pin_registers(out);
       scale_rows(out, upper, lower);
-      if constexpr (!Cfg::kScales) add_diagonal<T>(out, diagonal, stage.c);
+      add_diagonal<T>(out, diagonal, stage.c);
       issue_intra<T>(out, masked, stage.c);
       ptx::wgmma_wait<1>();
       ptx::pin_registers(second_out);
       __syncwarp();
       if (me.lane == 0) ptx::mbarrier_arrive(shared_address(&smem.state_empty[state]));
       state_ring.advance();
-      const bool has_next = step + 1 < item.num_chunks;
-      if constexpr (Cfg::kScales)
-        if (has_next) release_stage(smem.empty_a[stage_idx], schedule.cluster, me.lane);
       scale_rows(second_out, upper, lower);
       issue_intra<T>(second_out, second_masked, stage.b);
 
       // Behind the last chunk the scores are computed once more, unused: products in flight across a branch would be
       // serialised.
       ring.advance();
-      const int next_idx = ptx::uniform(has_next ? ring.stage : stage_idx);
-      const Stage<Cfg>& next = smem.stages[next_idx];
-      Accumulators<kChunk / 2> scores, second_scores;
-      if constexpr (Cfg::kScales) {  // what is copied next has to be converted as well: the stage goes back before
-        ptx::wgmma_wait<0>();
-        ptx::pin_registers(out);
-        ptx::pin_registers(second_out);
-        if (has_next) release_stage(smem.empty[stage_idx], schedule.cluster, me.lane);
-        store_out<typename Cfg::T>(smem.out, out, last[0][0], last[0][1], maps[0].out, first, item, chunk, is_packed,
-                                   me);
-        if (has_next) ptx::mbarrier_wait(shared_address(&smem.full[ring.stage]), ring.parity);
-        issue_scores<T>(scores, next.a, next.b);
-      } else {
-        if (has_next) ptx::mbarrier_wait(shared_address(&smem.full[ring.stage]), ring.parity);
-        issue_scores<T>(scores, next.a, next.b);
-        ptx::wgmma_wait<2>();
-        ptx::pin_registers(out);
-        store_out<typename Cfg::T>(smem.out, out, 1.f, 1.f, maps[0].out, first, item, chunk, is_packed, me);
-        ptx::wgmma_wait<1>();
-        ptx::pin_registers(second_out);
-        add_diagonal<T>(second_out, second_diagonal, stage.b);
-        if (has_next) release_stage(smem.empty[stage_idx], schedule.cluster, me.lane);
-      }
+      const bool has_next = step + 1 < item.num_chunks;
+      if (has_next) ptx::mbarrier_wait(shared_address(&smem.full[ring.stage]), ring.parity);
+      const Stage<Cfg>& next = smem.stages[ptx::uniform(has_next ? ring.stage : stage_idx)];
+      Accumulators<kChunk / 2> scores;
+      issue_scores<T>(scores, next.a, next.b);
+      ptx::wgmma_wait<2>();
+      ptx::pin_registers(out);
+      store_out<T>(smem.out, out, maps[0].out, first, item, chunk, is_packed, me);
+      ptx::wgmma_wait<1>();
+      ptx::pin_registers(second_out);
+      add_diagonal<T>(second_out, second_diagonal, stage.b);
+      if (has_next) release_stage(smem.empty[stage_idx], schedule.cluster, me.lane);
+      Accumulators<kChunk / 2> second_scores;
       issue_scores<T>(second_scores, next.second_a[0], next.c);
-      store_out<typename Cfg::T>(smem.second_out, second_out, last[1][0], last[1][1], maps[1].out, second, item, chunk,
-                                 is_packed, me);
+      store_out<T>(smem.second_out, second_out, maps[1].out, second, item, chunk, is_packed, me);
       ptx::wgmma_wait<1>();
       ptx::pin_registers(scores);
-      mask(masked, diagonal, scores, next_idx);
+      mask_scores<T, true>(masked, diagonal, scores, smem.weights, me);
       ptx::wgmma_wait<0>();
       ptx::pin_registers(second_scores);
-      mask(second_masked, second_diagonal, second_scores, next_idx);
-      if (!has_next) {
-        if constexpr (Cfg::kScales) release_stage(smem.empty_a[stage_idx], schedule.cluster, me.lane);
-        release_stage(smem.empty[stage_idx], schedule.cluster, me.lane);
-      }
+      mask_scores<T, true>(second_masked, second_diagonal, second_scores, smem.weights, me);
+      if (!has_next) release_stage(smem.empty[stage_idx], schedule.cluster, me.lane);
     }
   }
   if (ptx::elect_one()) ptx::tma_store_wait();  // the lane that committed them
@@ -511,10 +353,11 @@ __device__ __forceinline__ void write_both_outputs(SharedStorage<Cfg>& smem, con
 template <class Cfg>
 __device__ __forceinline__ void carry_state(SharedStorage<Cfg>& smem, const TrilinearParams& p, const TrilinearJob& job,
                                             bool reads_previous) {
-  using T = typename Cfg::Operand;
-  const Schedule<Cfg::kAlone, !Cfg::kBoth> schedule(job);
+  using T = typename Cfg::T;
+  const Schedule<Cfg::kAlone> schedule(job);
   const WarpgroupLane me;
   const bool reverse = job.reverse;
+  const float update = static_cast<float>(job.update);
   Ring<Cfg::kStages> ring;
   Ring<Cfg::kStateBuffers> state_ring;
   if (reads_previous) ptx::wait_for_previous_kernel();
@@ -522,7 +365,6 @@ __device__ __forceinline__ void carry_state(SharedStorage<Cfg>& smem, const Tril
     const Item item = schedule.item(p, job, index, Cfg::kSlice);
     if (!item.is_valid) break;
     ptx::named_barrier_sync(kStateWarps, 128);
-    if (threadIdx.x % 128 == 0) smem.update = static_cast<float>(job.update);
     smem.powers.fill(simt::slope_of<float>(p, item.sequence, item.head), ptx::opaque(threadIdx.x % 128), 128);
     ptx::named_barrier_sync(kStateWarps, 128);
 
@@ -538,56 +380,27 @@ __device__ __forceinline__ void carry_state(SharedStorage<Cfg>& smem, const Tril
     }
 
     const bool wants_state = job.final.data != nullptr && item.is_last;
-    float largest = Cfg::kScales ? largest_of_block<Cfg>(z, smem, me) : 0.f;  // bounds |Z|
-    float added = 0.f;                                                        // and what the last chunk added to it
     for (int step = 0; step < item.num_chunks; ++step, ring.advance()) {
       const int state = ptx::uniform(state_ring.stage), stage = ptx::uniform(ring.stage);
       ptx::mbarrier_wait(shared_address(&smem.state_empty[state]), state_ring.parity ^ 1);
-      int exponent = 0;
-      float divide = 1.f;
-      uint32_t seen = 0;
-      if constexpr (Cfg::kNeedsRange || Cfg::kScales) {
-        if constexpr (Cfg::kNeedsRange) largest = largest_of_block<Cfg>(z, smem, me);
-        // All state warps have rounded the last state: the outputs say that they have read it.
-        if (Cfg::kScales && step > 0)
-          largest = fmaf(largest_of_warps(smem.largest[step % 2]),
-                         smem.powers.ascending()[item.rows_of(item.chunk_at(step - 1))], added);
-        exponent = Cfg::kScales ? state_exponent(largest) : range_exponent(largest);
-        if (me.warp == 0 && me.lane == 0) smem.range[state] = exponent;
-        divide = power_of_two(-exponent);
-      }
+      const float range = operand_range<Cfg>(z, smem, &smem.range_undo[state], me);
 #pragma unroll
       for (int block = 0; block < Cfg::kSlice / 64; ++block)
-        store_rounded<typename Cfg::TileZ, T>(smem.state[state], block * 64 + me.warp * 16, z[block], divide, divide,
-                                              me.lane, [&](uint32_t pair) {
-                                                if constexpr (Cfg::kScales) seen = tile::largest_fp16(seen, pair);
-                                              });
-      if constexpr (Cfg::kScales) {
-        const float of_warp = largest_of_pairs(seen) * power_of_two(exponent);
-        if (me.lane == 0) smem.largest[(step + 1) % 2][ptx::opaque(me.warp)] = of_warp;
-      }
+        store_rounded<typename Cfg::TileZ, T>(smem.state[state], block * 64 + me.warp * 16, z[block], range, me.lane);
       ptx::fence_proxy_async();
       __syncwarp();
       if (me.lane == 0) ptx::mbarrier_arrive(shared_address(&smem.state_full[state]));
       state_ring.advance();
 
       ptx::mbarrier_wait(shared_address(&smem.full[ring.stage]), ring.parity);
-      auto pause = [&] {
-        ptx::mbarrier_wait(shared_address(&smem.state_empty[state_ring.stage]), state_ring.parity ^ 1);
-      };
-      if (step + 1 < item.num_chunks || wants_state) {
-        const int rows = item.rows_of(item.chunk_at(step));
+      if (step + 1 < item.num_chunks || wants_state)
         // The outputs' products with Z go first where the tensor core is short: theirs is the longer way. In the last
         // chunk of a sequence, whose state no output reads, rounding the weighted c would be most of the state's error
         // where slopes are steep. Not in extend, where a request that is cut must have the bits of a whole one.
-        if constexpr (Cfg::kScales) {
-          added = update_scaled_state<Cfg>(z, smem.stages[stage], smem.scales[stage], smem.powers, smem.update, reverse,
-                                           rows, me, pause);
-        } else {
-          update_state<Cfg>(z, smem.stages[stage], smem.powers, smem.update, reverse, rows,
-                            wants_state && step + 1 == item.num_chunks && p.units == nullptr, me, pause);
-        }
-      }
+        update_state<Cfg>(
+            z, smem.stages[stage], smem.powers, update, reverse, item.rows_of(item.chunk_at(step)),
+            wants_state && step + 1 == item.num_chunks && p.units == nullptr, me,
+            [&] { ptx::mbarrier_wait(shared_address(&smem.state_empty[state_ring.stage]), state_ring.parity ^ 1); });
       release_stage(smem.empty[ring.stage], schedule.cluster, me.lane);
     }
     if (wants_state) {
@@ -606,11 +419,8 @@ __device__ __forceinline__ void init_barriers(SharedStorage<Cfg>& smem, int clus
   constexpr int kWarpsOfRole = 4;
   constexpr int kConsumerWarps = 2 * kWarpsOfRole;
   for (int i = 0; i < Cfg::kStages; ++i) {
-    ptx::mbarrier_init(shared_address(&smem.full[i]), Cfg::kScales ? kConverterWarps : 1);
+    ptx::mbarrier_init(shared_address(&smem.full[i]), 1);
     ptx::mbarrier_init(shared_address(&smem.empty[i]), kConsumerWarps * cluster);
-    if constexpr (Cfg::kScales) ptx::mbarrier_init(shared_address(&smem.empty_a[i]), kWarpsOfRole * cluster);
-    if constexpr (Cfg::kScales)
-      for (int tile = 0; tile < Cfg::kTiles; ++tile) ptx::mbarrier_init(shared_address(&smem.copied[i][tile]), 1);
   }
   ptx::mbarrier_init(shared_address(&smem.tail), 1);
   for (int i = 0; i < Cfg::kStateBuffers; ++i) {
@@ -627,20 +437,16 @@ __device__ __forceinline__ void run_roles(SharedStorage<Cfg>& smem, const Trilin
   const int role = threadIdx.x / 128;
   if (role == 0) {
     ptx::registers_release<Cfg::kProducerRegisters>();
-    if (threadIdx.x < 32) {
-      produce<Cfg>(smem, p, job, job_maps);
-    } else if constexpr (Cfg::kScales) {
-      convert<Cfg>(smem, p, job);
-    }
+    if (threadIdx.x < 32) produce<Cfg>(smem, p, job, job_maps);
   } else if (role == 1) {
-    ptx::registers_acquire<Cfg::kOutputRegisters>();
+    ptx::registers_acquire<Cfg::kConsumerRegisters>();
     if constexpr (Cfg::kBoth) {
       write_both_outputs<Cfg>(smem, p, job_maps);
     } else {
       write_outputs<Cfg>(smem, p, job, *job_maps);
     }
   } else {
-    ptx::registers_acquire<Cfg::kStateRegisters>();
+    ptx::registers_acquire<Cfg::kConsumerRegisters>();
     carry_state<Cfg>(smem, p, job, reads_previous);
   }
 }
@@ -652,7 +458,6 @@ __device__ __forceinline__ void run_roles(SharedStorage<Cfg>& smem, const Trilin
 // Grid: x = blocks of items, y = jobs. Three warpgroups, chunk i:
 //
 //   producer   copy(i+2) ........................................
-//   converters | copy(i+1) made fp16 ............................        (kScales)
 //   output     | scores(i+1) | wait Z(i) | a Z(i) | mask(i) | scores c | store(i) ...
 //   state      | Z(i) rounded | wait copy(i) | Z(i+1) = lambda^C Z(i) + b^T w c | Z(i+1) rounded ...
 //
@@ -668,7 +473,7 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
   const JobMaps* job_maps = &maps.jobs[blockIdx.y];
   const int cluster = static_cast<int>(ptx::cluster_size());
   if (p.units != nullptr) {  // more blocks than the device found units for: nothing to do
-    const Schedule<Cfg::kAlone, !Cfg::kBoth> schedule(job);
+    const Schedule<Cfg::kAlone> schedule(job);
     if (p.units[p.by_heads.small_quotient(schedule.unit_and_head(schedule.first()))].segment < 0) {
       if (blockIdx.x == 0) ptx::wait_for_previous_kernel();  // as below
       return;

@@ -32,19 +32,6 @@ __device__ __forceinline__ float2 unpack<__half>(uint32_t pair) {
   return __half22float2(*reinterpret_cast<const __half2*>(&pair));
 }
 
-// Products of two pairs of bf16, rounded.
-__device__ __forceinline__ uint32_t multiply_bf16(uint32_t x, uint32_t y) {
-  const __nv_bfloat162 pair =
-      __hmul2(*reinterpret_cast<const __nv_bfloat162*>(&x), *reinterpret_cast<const __nv_bfloat162*>(&y));
-  return *reinterpret_cast<const uint32_t*>(&pair);
-}
-// The larger magnitudes of two pairs of fp16, `seen` none negative; a NaN counts for nothing.
-__device__ __forceinline__ uint32_t largest_fp16(uint32_t seen, uint32_t x) {
-  const __half2 pair =
-      __hmax2(*reinterpret_cast<const __half2*>(&seen), __habs2(*reinterpret_cast<const __half2*>(&x)));
-  return *reinterpret_cast<const uint32_t*>(&pair);
-}
-
 // (low, high) = pair + rest, each rounded to 16 bits.
 template <class T>
 __device__ __forceinline__ void split_pair(float low, float high, uint32_t& pair, uint32_t& rest) {
