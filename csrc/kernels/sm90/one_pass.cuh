@@ -17,7 +17,7 @@ constexpr bool kHasOnePass = !Cfg::kSplit && Cfg::kSlice == 64 && Cfg::kTileA <=
 // Of a Config: the same for one item a block, and its state pass.
 template <class Cfg>
 struct Alone : Cfg {
-  static constexpr bool kAlone = true;
+  static constexpr bool kAlone = true, kInCluster = false;
 };
 template <class Cfg>
 using GatherOf = GatherConfig<typename Cfg::T, Cfg::kTileA, Cfg::kSlice, Cfg::kSplit, true>;

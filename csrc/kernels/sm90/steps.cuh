@@ -3,7 +3,6 @@
 #pragma once
 
 #include "../ptx/ldmatrix.cuh"
-#include "../ptx/mma.cuh"
 #include "../ptx/stmatrix.cuh"
 #include "../ptx/wgmma.cuh"
 #include "../tile/decay.cuh"
@@ -49,29 +48,25 @@ struct Weights {
   }
 };
 
-// The scores under the mask M_ij = lambda^|i-j| (causal side), times intra, as A operand. kSplit: `diagonal` [4] is
-// what the rounding left of the warp's own 16x16 block on the diagonal, where steep slopes have nearly all of their
-// weight.
+// The scores under the mask M_ij = lambda^|i-j| (causal side), times intra, as A operand. kSplit: `rest` is what the
+// rounding left.
 template <class T, bool kSplit>
-__device__ __forceinline__ void mask_scores(uint32_t (&masked)[kChunk / 16][4], uint32_t* diagonal,
+__device__ __forceinline__ void mask_scores(uint32_t (&masked)[kChunk / 16][4], uint32_t (&rest)[kChunk / 16][4],
                                             const Accumulators<kChunk / 2>& p, const Weights& weights,
                                             const WarpgroupLane& me) {
   const float* mask = weights.mask() + (me.warp * 16 + me.group - me.pair * 2);
-  float2 own[4] = {};
 #pragma unroll
   for (int n = 0; n < kChunk / 8; ++n)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int x = 8 * half - 8 * n, i = 2 * (n % 2) + half;
-      const float2 score = {p[4 * n + 2 * half] * mask[x], p[4 * n + 2 * half + 1] * mask[x - 1]};
-      masked[n / 2][i] = tile::pack<T>(score.x, score.y);
-      if (kSplit) own[i] = {n / 2 == me.warp ? score.x : own[i].x, n / 2 == me.warp ? score.y : own[i].y};
+      const float low = p[4 * n + 2 * half] * mask[x], high = p[4 * n + 2 * half + 1] * mask[x - 1];
+      if constexpr (kSplit) {
+        tile::split_pair<T>(low, high, masked[n / 2][i], rest[n / 2][i]);
+      } else {
+        masked[n / 2][i] = tile::pack<T>(low, high);
+      }
     }
-  if constexpr (kSplit) {
-    uint32_t rounded;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) tile::split_pair<T>(own[i].x, own[i].y, rounded, diagonal[i]);
-  }
 }
 
 template <int kRegs>
@@ -80,31 +75,20 @@ __device__ __forceinline__ void scale_rows(Accumulators<kRegs>& out, float upper
   for (int i = 0; i < kRegs; ++i) out[i] *= i & 2 ? lower : upper;
 }
 
-// out [C, kCols] += scores c, issued.
-template <class T, class Tile>
+// out [C, kCols] += scores c, issued; kSplit: and += rest c.
+template <class T, bool kSplit, class Tile>
 __device__ __forceinline__ void issue_intra(Accumulators<Tile::kCols / 2>& out,
-                                            const uint32_t (&masked)[kChunk / 16][4], const Tile& c_tile) {
+                                            const uint32_t (&masked)[kChunk / 16][4],
+                                            const uint32_t (&rest)[kChunk / 16][4], const Tile& c_tile) {
   const tile::ColumnsOperand<Tile> c(shared_address(&c_tile));
   ptx::pin_registers(out);
   ptx::wgmma_fence();
 #pragma unroll
-  for (int k = 0; k < kChunk / 16; ++k) ptx::wgmma<T, ptx::Major::kMN>(out, masked[k], c.step(k), 1);
-  ptx::wgmma_commit();
-}
-
-// out [16 rows of this warp, kCols] += diagonal c.
-template <class T, class Tile>
-__device__ __forceinline__ void add_diagonal(Accumulators<Tile::kCols / 2>& out, const uint32_t (&diagonal)[4],
-                                             const Tile& c_tile) {
-  const int thread = ptx::opaque(threadIdx.x % 128);  // anew each time: the loop has no registers to keep it
-  const auto values = tile::swizzled_rows_first<Tile>(shared_address(&c_tile), thread / 32 * 16, 0, thread % 32);
-#pragma unroll
-  for (int g = 0; g < Tile::kCols / 16; ++g) {
-    uint32_t c[4];
-    ptx::ldmatrix_x4_trans(c, values.at(0, 2 * g));
-    ptx::mma<T>(*reinterpret_cast<float (*)[4]>(&out[8 * g]), diagonal, c[0], c[1]);
-    ptx::mma<T>(*reinterpret_cast<float (*)[4]>(&out[8 * g + 4]), diagonal, c[2], c[3]);
+  for (int k = 0; k < kChunk / 16; ++k) {
+    ptx::wgmma<T, ptx::Major::kMN>(out, masked[k], c.step(k), 1);
+    if constexpr (kSplit) ptx::wgmma<T, ptx::Major::kMN>(out, rest[k], c.step(k), 1);
   }
+  ptx::wgmma_commit();
 }
 
 // Accumulators of 16 rows of this warp, times `factor`, rounded to rows `row`.. of a tile in shared memory; with kParts
@@ -131,26 +115,29 @@ __device__ __forceinline__ void store_rounded(Tile (&tiles)[kParts], int row, co
   }
 }
 
-// This warp's 16 rows of a chunk of out, through its own rows of `staging`, to memory.
+// A chunk of out goes to memory in two steps, by every warp for its own 16 rows: to its rows of `staging`, and from
+// there, once ptx::fence_proxy_async() stands between. Apart, as the fence waits long for stores that have just been
+// made.
 template <class T, class Tile>
-__device__ __forceinline__ void store_out(Tile (&staging)[1], const Accumulators<Tile::kCols / 2>& out,
-                                          const CUtensorMap& map, const TrilinearJob& job, const Item& item, int chunk,
-                                          bool is_packed, const WarpgroupLane& me) {
-  const uint32_t tile = shared_address(&staging[0]);
-  const int first_row = me.warp * 16, rows = item.rows_of(chunk);
+__device__ __forceinline__ void stage_out(Tile (&staging)[1], const Accumulators<Tile::kCols / 2>& out,
+                                          const WarpgroupLane& me) {
   if (ptx::elect_one()) ptx::tma_store_wait_read();
   __syncwarp();
-  store_rounded<Tile, T>(staging, first_row, out, 1.f, me.lane);
+  store_rounded<Tile, T>(staging, me.warp * 16, out, 1.f, me.lane);
+}
+template <class T, class Tile>
+__device__ __forceinline__ void store_staged(const Tile (&staging)[1], const CUtensorMap& map, const TrilinearJob& job,
+                                             const Item& item, int chunk, bool is_packed, const WarpgroupLane& me) {
+  const uint32_t tile = shared_address(&staging[0]);
+  const int first_row = me.warp * 16, rows = item.rows_of(chunk);
+  __syncwarp();
   if (is_packed && rows < kChunk) {  // the map does not end where the sequence does
-    __syncwarp();
     T* to = static_cast<T*>(job.out.data) + item.batch * job.out.stride_b + item.head * job.out.stride_h +
             static_cast<int64_t>(item.row_begin + chunk * kChunk) * job.out.stride_n + item.first_col;
     store_rows_directly<Tile>(to, job.out.stride_n, tile, first_row, rows, job.dim_c - item.first_col,
                               ptx::opaque(me.lane));
     return;
   }
-  ptx::fence_proxy_async();
-  __syncwarp();
   if (ptx::elect_one()) {
     ptx::TmaBox box = item.box(chunk);
     box.row += first_row;

@@ -22,7 +22,7 @@ struct Config {
   using T = T_;
   static constexpr int kTileA = kTileA_, kSlice = kSlice_;
   static constexpr bool kSplit = kSplit_, kBoth = kBoth_;
-  static constexpr bool kAlone = false;  // one item to a block, no clusters (work.cuh)
+  static constexpr bool kAlone = false, kInCluster = !kBoth;  // one item to a block; shared copies (work.cuh)
   static constexpr bool kSplitsValues = kSplit && (kSlice == 64 || kBoth);
   static constexpr bool kNeedsRange = std::is_same<T, __half>::value;  // 65504 ends it, and a state may not
 
@@ -32,7 +32,8 @@ struct Config {
 
   static constexpr int kParts = kSplit ? 2 : 1;  // of the state: what 16 bits hold, and the rest
   static constexpr int kThreads = 384;           // producer, output and state warpgroup
-  static constexpr int kProducerRegisters = 48, kConsumerRegisters = 224;
+  static constexpr int kProducerRegisters = 48, kOutputRegisters = kBoth ? 232 : 224, kStateRegisters = 224;
+  static_assert(kProducerRegisters + kOutputRegisters + kStateRegisters <= 3 * 168);  // or the last one waits for ever
 
   // What fits into 227 KB: a second buffer of the state where its operand is not split, then stages, at most 4.
   static constexpr int kStateBuffers = kSplit ? 1 : 2;
@@ -101,12 +102,12 @@ __device__ __forceinline__ float range_undo_of(const SharedStorage<Cfg>& smem, i
 template <class Cfg>
 using StateAccumulators = float[Cfg::kSlice / 64][Cfg::kTileA / 2];
 
-// Z = lambda^rows Z + b^T diag(update lambda^n) c, as Z^T += (weighted c)^T b, in blocks of 64 columns of c. pause()
-// comes before the last of several. is_result: without the error of rounding the weighted c.
-template <class Cfg, class Pause>
+// Z = lambda^rows Z + b^T diag(update lambda^n) c, as Z^T += (weighted c)^T b, in blocks of 64 columns of c.
+// is_result: without the error of rounding the weighted c.
+template <class Cfg>
 __device__ __forceinline__ void update_state(StateAccumulators<Cfg>& z, const Stage<Cfg>& stage,
                                              const tile::Decay<kChunk>& powers, float factor, bool reverse, int rows,
-                                             bool is_result, const WarpgroupLane& me, const Pause& pause) {
+                                             bool is_result, const WarpgroupLane& me) {
   using T = typename Cfg::T;
   constexpr int kBlocks = Cfg::kSlice / 64, kAtOnce = kBlocks * Cfg::kTileA <= 128 ? 64 : 32;
   const float* weights = token_weights(powers, reverse, rows, me);
@@ -117,7 +118,6 @@ __device__ __forceinline__ void update_state(StateAccumulators<Cfg>& z, const St
     auto update = [&](auto splits) {
       constexpr bool kSplits = decltype(splits)::value;
       weigh_columns<T, kSplits>(weighted, rest, stage.c, block, weights, factor, me);
-      if (kBlocks > 1 && block == kBlocks - 1) pause();
       update_rows<T, kSplits, kAtOnce>(z[block], weighted, rest, stage.b, lambda_rows);
     };
     if (Cfg::kSplit || !is_result)
@@ -150,7 +150,7 @@ __device__ __forceinline__ float operand_range(const StateAccumulators<Cfg>& z, 
 template <class Cfg>
 __device__ __forceinline__ void produce(SharedStorage<Cfg>& smem, const TrilinearParams& p, const TrilinearJob& job,
                                         const JobMaps* maps) {
-  const Schedule<Cfg::kAlone> schedule(job);
+  const Schedule<Cfg::kAlone, Cfg::kInCluster> schedule(job);
   const int lane = threadIdx.x % 32;
   Ring<Cfg::kStages> ring;
   uint32_t tail_parity = 0;
@@ -187,7 +187,7 @@ template <class Cfg>
 __device__ __forceinline__ void write_outputs(SharedStorage<Cfg>& smem, const TrilinearParams& p,
                                               const TrilinearJob& job, const JobMaps& maps) {
   using T = typename Cfg::T;
-  const Schedule<Cfg::kAlone> schedule(job);
+  const Schedule<Cfg::kAlone, Cfg::kInCluster> schedule(job);
   const WarpgroupLane me;
   const bool reverse = job.reverse;
   const bool is_packed = p.cu_seqlens.data != nullptr;
@@ -215,7 +215,7 @@ __device__ __forceinline__ void write_outputs(SharedStorage<Cfg>& smem, const Tr
       ptx::mbarrier_wait(shared_address(&smem.state_full[state]), state_ring.parity);
       issue_inter<T, tile::RowsOperand>(out, smem.stages[stage].a, smem.state[state]);
       uint32_t masked[kChunk / 16][4];
-      mask_scores<T, false>(masked, nullptr, scores, smem.weights, me);
+      mask_scores<T, false>(masked, masked, scores, smem.weights, me);
       const int row = me.warp * 16 + me.group;
       float upper = row_weight(smem.weights, reverse, rows, row),
             lower = row_weight(smem.weights, reverse, rows, row + 8);
@@ -230,7 +230,7 @@ __device__ __forceinline__ void write_outputs(SharedStorage<Cfg>& smem, const Tr
       if (me.lane == 0) ptx::mbarrier_arrive(shared_address(&smem.state_empty[state]));
       state_ring.advance();
       scale_rows(out, upper, lower);
-      issue_intra<T>(out, masked, smem.stages[stage].c);
+      issue_intra<T, false>(out, masked, masked, smem.stages[stage].c);
 
       // Behind the last chunk the scores are computed once more, unused: products in flight across a branch would be
       // serialised.
@@ -243,22 +243,25 @@ __device__ __forceinline__ void write_outputs(SharedStorage<Cfg>& smem, const Tr
       ptx::pin_registers(out);
       if (has_next) release_stage(smem.empty[stage], schedule.cluster, me.lane);
 
-      store_out<T>(smem.out, out, maps.out, job, item, chunk, is_packed, me);
+      stage_out<T>(smem.out, out, me);
       ptx::wgmma_wait<0>();
       ptx::pin_registers(scores);
+      ptx::fence_proxy_async();
+      store_staged<T>(smem.out, maps.out, job, item, chunk, is_packed, me);
       if (!has_next) release_stage(smem.empty[stage], schedule.cluster, me.lane);
     }
   }
   if (ptx::elect_one()) ptx::tma_store_wait();  // the lane that committed them
 }
 
-// The outputs of both jobs, in turns: while one is scaled, masked or stored, the tensor core has the other.
+// The outputs of both jobs, in turns: while one is scaled, masked or stored, the tensor core has the other. The
+// products of a chunk with Z and its scores are issued before the outputs of the chunk before have left.
 template <class Cfg>
 __device__ __forceinline__ void write_both_outputs(SharedStorage<Cfg>& smem, const TrilinearParams& p,
                                                    const JobMaps* maps) {
   using T = typename Cfg::T;
   const TrilinearJob &first = p.jobs[0], &second = p.jobs[1];
-  const Schedule<Cfg::kAlone> schedule(first);
+  const Schedule<Cfg::kAlone, Cfg::kInCluster> schedule(first);
   const WarpgroupLane me;
   constexpr bool reverse = true;  // the pair is dk and dv
   const bool is_packed = p.cu_seqlens.data != nullptr;
@@ -276,73 +279,81 @@ __device__ __forceinline__ void write_both_outputs(SharedStorage<Cfg>& smem, con
     ptx::named_barrier_sync(kOutputWarps, 128);
     const Item& item = smem.item;
 
-    uint32_t masked[kChunk / 16][4], second_masked[kChunk / 16][4], diagonal[4], second_diagonal[4];
-    {
-      Accumulators<kChunk / 2> scores, second_scores;
-      ptx::mbarrier_wait(shared_address(&smem.full[ring.stage]), ring.parity);
-      const Stage<Cfg>& stage = smem.stages[ring.stage];
-      issue_scores<T>(scores, stage.a, stage.b);
-      issue_scores<T>(second_scores, stage.second_a[0], stage.c);
-      ptx::wgmma_wait<0>();
+    uint32_t masked[kChunk / 16][4], second_masked[kChunk / 16][4];
+    uint32_t rest[kChunk / 16][4], second_rest[kChunk / 16][4];  // of the rounded scores
+    Accumulators<Cfg::kSlice / 2> out;
+    Accumulators<Cfg::kTileA / 2> second_out;
+    // A chunk's scores and its products with Z are in flight while the results of the chunk before are stored, and
+    // arrive here. is_real: they are not the unused ones behind the last chunk.
+    auto receive = [&](Accumulators<kChunk / 2>& scores, Accumulators<kChunk / 2>& second_scores, int chunk, int state,
+                       bool is_real) {
+      ptx::wgmma_wait<3>();
       ptx::pin_registers(scores);
+      mask_scores<T, true>(masked, rest, scores, smem.weights, me);
+      ptx::wgmma_wait<1>();
+      ptx::pin_registers(out);
       ptx::pin_registers(second_scores);
-      mask_scores<T, true>(masked, diagonal, scores, smem.weights, me);
-      mask_scores<T, true>(second_masked, second_diagonal, second_scores, smem.weights, me);
-    }
-    for (int step = 0; step < item.num_chunks; ++step) {
-      const int chunk = item.chunk_at(step), rows = item.rows_of(chunk);
-      const int stage_idx = ptx::uniform(ring.stage), state = ptx::uniform(state_ring.stage);
-      const Stage<Cfg>& stage = smem.stages[stage_idx];
-      Accumulators<Cfg::kSlice / 2> out;
-      Accumulators<Cfg::kTileA / 2> second_out;
-      ptx::mbarrier_wait(shared_address(&smem.state_full[state]), state_ring.parity);
-      const int row = me.warp * 16 + me.group;
+      mask_scores<T, true>(second_masked, second_rest, second_scores, smem.weights, me);
+      // Opaque: read any earlier, these would have no registers.
+      const int rows = item.rows_of(ptx::opaque(chunk)), row = ptx::opaque(me.warp * 16 + me.group);
       float upper = row_weight(smem.weights, reverse, rows, row),
             lower = row_weight(smem.weights, reverse, rows, row + 8);
-      issue_inter<T, tile::RowsOperand>(out, stage.a, smem.state[state]);
-      issue_inter<T, tile::ColumnsOperand>(second_out, stage.second_a[0], smem.state[state]);
       if constexpr (Cfg::kNeedsRange) {
-        const float undo = range_undo_of(smem, state);
+        const float undo = ptx::broadcast_shared(shared_address(is_real ? &smem.range_undo[state] : smem.weights.row));
         upper *= undo;
         lower *= undo;
       }
-      ptx::wgmma_wait<1>();
-      ptx::pin_registers(out);
       scale_rows(out, upper, lower);
-      add_diagonal<T>(out, diagonal, stage.c);
-      issue_intra<T>(out, masked, stage.c);
-      ptx::wgmma_wait<1>();
+      ptx::wgmma_wait<0>();
       ptx::pin_registers(second_out);
       __syncwarp();
-      if (me.lane == 0) ptx::mbarrier_arrive(shared_address(&smem.state_empty[state]));
-      state_ring.advance();
+      if (is_real && me.lane == 0) ptx::mbarrier_arrive(shared_address(&smem.state_empty[state]));
       scale_rows(second_out, upper, lower);
-      issue_intra<T>(second_out, second_masked, stage.b);
+    };
+    {
+      Accumulators<kChunk / 2> scores, second_scores;
+      ptx::mbarrier_wait(shared_address(&smem.full[ring.stage]), ring.parity);
+      const Stage<Cfg>& stage = smem.stages[ptx::uniform(ring.stage)];
+      const int state = ptx::uniform(state_ring.stage);
+      issue_scores<T>(scores, stage.a, stage.b);
+      ptx::mbarrier_wait(shared_address(&smem.state_full[state]), state_ring.parity);
+      issue_inter<T, tile::RowsOperand>(out, stage.a, smem.state[state]);
+      issue_scores<T>(second_scores, stage.second_a[0], stage.c);
+      issue_inter<T, tile::ColumnsOperand>(second_out, stage.second_a[0], smem.state[state]);
+      receive(scores, second_scores, item.chunk_at(0), state, true);
+    }
+    for (int step = 0; step < item.num_chunks; ++step) {
+      const int chunk = item.chunk_at(step);
+      const int stage_idx = ptx::uniform(ring.stage), state = ptx::uniform(state_ring.stage);
+      const Stage<Cfg>& stage = smem.stages[stage_idx];
+      issue_intra<T, true>(out, masked, rest, stage.c);
+      issue_intra<T, true>(second_out, second_masked, second_rest, stage.b);
 
-      // Behind the last chunk the scores are computed once more, unused: products in flight across a branch would be
-      // serialised.
+      // Behind the last chunk its own products are made once more, unused: products that are issued on a branch would
+      // be serialised.
       ring.advance();
+      state_ring.advance();
       const bool has_next = step + 1 < item.num_chunks;
+      ptx::wgmma_wait<1>();
+      ptx::pin_registers(out);
+      stage_out<T>(smem.out, out, me);
       if (has_next) ptx::mbarrier_wait(shared_address(&smem.full[ring.stage]), ring.parity);
       const Stage<Cfg>& next = smem.stages[ptx::uniform(has_next ? ring.stage : stage_idx)];
-      Accumulators<kChunk / 2> scores;
+      Accumulators<kChunk / 2> scores, second_scores;
       issue_scores<T>(scores, next.a, next.b);
-      ptx::wgmma_wait<2>();
-      ptx::pin_registers(out);
-      store_out<T>(smem.out, out, maps[0].out, first, item, chunk, is_packed, me);
       ptx::wgmma_wait<1>();
       ptx::pin_registers(second_out);
-      add_diagonal<T>(second_out, second_diagonal, stage.b);
       if (has_next) release_stage(smem.empty[stage_idx], schedule.cluster, me.lane);
-      Accumulators<kChunk / 2> second_scores;
+      if (has_next) ptx::mbarrier_wait(shared_address(&smem.state_full[state_ring.stage]), state_ring.parity);
+      const int next_state = ptx::uniform(has_next ? state_ring.stage : state);
+      issue_inter<T, tile::RowsOperand>(out, next.a, smem.state[next_state]);
+      stage_out<T>(smem.second_out, second_out, me);
       issue_scores<T>(second_scores, next.second_a[0], next.c);
-      store_out<T>(smem.second_out, second_out, maps[1].out, second, item, chunk, is_packed, me);
-      ptx::wgmma_wait<1>();
-      ptx::pin_registers(scores);
-      mask_scores<T, true>(masked, diagonal, scores, smem.weights, me);
-      ptx::wgmma_wait<0>();
-      ptx::pin_registers(second_scores);
-      mask_scores<T, true>(second_masked, second_diagonal, second_scores, smem.weights, me);
+      issue_inter<T, tile::ColumnsOperand>(second_out, next.second_a[0], smem.state[next_state]);
+      ptx::fence_proxy_async();
+      store_staged<T>(smem.out, maps[0].out, first, item, chunk, is_packed, me);
+      store_staged<T>(smem.second_out, maps[1].out, second, item, chunk, is_packed, me);
+      receive(scores, second_scores, has_next ? item.chunk_at(step + 1) : chunk, next_state, has_next);
       if (!has_next) release_stage(smem.empty[stage_idx], schedule.cluster, me.lane);
     }
   }
@@ -354,7 +365,7 @@ template <class Cfg>
 __device__ __forceinline__ void carry_state(SharedStorage<Cfg>& smem, const TrilinearParams& p, const TrilinearJob& job,
                                             bool reads_previous) {
   using T = typename Cfg::T;
-  const Schedule<Cfg::kAlone> schedule(job);
+  const Schedule<Cfg::kAlone, Cfg::kInCluster> schedule(job);
   const WarpgroupLane me;
   const bool reverse = job.reverse;
   const float update = static_cast<float>(job.update);
@@ -394,13 +405,11 @@ __device__ __forceinline__ void carry_state(SharedStorage<Cfg>& smem, const Tril
 
       ptx::mbarrier_wait(shared_address(&smem.full[ring.stage]), ring.parity);
       if (step + 1 < item.num_chunks || wants_state)
-        // The outputs' products with Z go first where the tensor core is short: theirs is the longer way. In the last
-        // chunk of a sequence, whose state no output reads, rounding the weighted c would be most of the state's error
-        // where slopes are steep. Not in extend, where a request that is cut must have the bits of a whole one.
-        update_state<Cfg>(
-            z, smem.stages[stage], smem.powers, update, reverse, item.rows_of(item.chunk_at(step)),
-            wants_state && step + 1 == item.num_chunks && p.units == nullptr, me,
-            [&] { ptx::mbarrier_wait(shared_address(&smem.state_empty[state_ring.stage]), state_ring.parity ^ 1); });
+        // In the last chunk of a sequence, whose state no output reads, rounding the weighted c would be most of the
+        // state's error where slopes are steep. Not in extend, where a request that is cut must have the bits of a
+        // whole one.
+        update_state<Cfg>(z, smem.stages[stage], smem.powers, update, reverse, item.rows_of(item.chunk_at(step)),
+                          wants_state && step + 1 == item.num_chunks && p.units == nullptr, me);
       release_stage(smem.empty[ring.stage], schedule.cluster, me.lane);
     }
     if (wants_state) {
@@ -439,14 +448,14 @@ __device__ __forceinline__ void run_roles(SharedStorage<Cfg>& smem, const Trilin
     ptx::registers_release<Cfg::kProducerRegisters>();
     if (threadIdx.x < 32) produce<Cfg>(smem, p, job, job_maps);
   } else if (role == 1) {
-    ptx::registers_acquire<Cfg::kConsumerRegisters>();
+    ptx::registers_acquire<Cfg::kOutputRegisters>();
     if constexpr (Cfg::kBoth) {
       write_both_outputs<Cfg>(smem, p, job_maps);
     } else {
       write_outputs<Cfg>(smem, p, job, *job_maps);
     }
   } else {
-    ptx::registers_acquire<Cfg::kConsumerRegisters>();
+    ptx::registers_acquire<Cfg::kStateRegisters>();
     carry_state<Cfg>(smem, p, job, reads_previous);
   }
 }
@@ -473,7 +482,7 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
   const JobMaps* job_maps = &maps.jobs[blockIdx.y];
   const int cluster = static_cast<int>(ptx::cluster_size());
   if (p.units != nullptr) {  // more blocks than the device found units for: nothing to do
-    const Schedule<Cfg::kAlone> schedule(job);
+    const Schedule<Cfg::kAlone, Cfg::kInCluster> schedule(job);
     if (p.units[p.by_heads.small_quotient(schedule.unit_and_head(schedule.first()))].segment < 0) {
       if (blockIdx.x == 0) ptx::wait_for_previous_kernel();  // as below
       return;

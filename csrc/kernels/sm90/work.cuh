@@ -33,22 +33,23 @@ struct Item {
 };
 
 // How many blocks work on neighbouring slices of a head side by side.
-template <bool kAlone>
+template <bool kInCluster>
 struct Cluster {
   const int cluster = static_cast<int>(ptx::cluster_size());  // 1, 2 or 4
   __device__ int rank() const { return static_cast<int>(ptx::cluster_rank()); }
 };
 template <>
-struct Cluster<true> {
+struct Cluster<false> {
   static constexpr int cluster = 1;
   __device__ int rank() const { return 0; }
 };
 
 // Where the items of this block's job are, and in which order it takes them. What only every item asks for is computed
 // anew each time: consumers have no registers to keep it. kAlone: a block has one item and is in no cluster.
-template <bool kAlone>
-struct Schedule : Cluster<kAlone> {
-  using Cluster<kAlone>::cluster;
+// kInCluster: it may be in one.
+template <bool kAlone, bool kInCluster = !kAlone>
+struct Schedule : Cluster<kInCluster> {
+  using Cluster<kInCluster>::cluster;
   const Division& by_groups;  // of slices, a cluster each
 
   __device__ explicit Schedule(const TrilinearJob& job) : by_groups(job.by_slices) {}
