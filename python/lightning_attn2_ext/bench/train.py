@@ -41,8 +41,8 @@ class Size:
     hidden: int = 1408
     # Training amplifies every rounding, the more the higher the rate: at 5e-5 the distance of two float32 trainings
     # whose operators differ by 2e-7 doubles every step from the 63rd on, at 1e-5 bfloat16 ones are 7e-4 apart for 100
-    # steps and 0.06 at the 159th, at 3e-6 within 8e-4 for 180 steps and 0.012 at the 267th. That says nothing about an
-    # operator, hence many bytes and a low rate.
+    # steps and 0.06 at the 159th, at 3e-6 within 8e-4 for 180 steps and 0.012 at the 267th, at 1.5e-6 within 5e-4
+    # for 200 steps and 0.002 at the last. That says nothing about an operator, hence many bytes and a low rate.
     rows: int = 32
     length: int = 1024
     steps: int = 300
