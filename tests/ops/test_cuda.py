@@ -282,6 +282,7 @@ def test_error_of_hopper_kernels(monkeypatch):
     x.slope = torch.linspace(0.05, 0.95, 8, device=CUDA)
     errors = [relative_error(a, b) for a, b in _pairs(x)]
     assert errors[0] <= 2.1e-3 and max(errors[1:]) <= 2.3e-3, errors
+    assert max(errors[2:]) <= 1.75e-3, errors  # dk and dv: rounding the result alone leaves 1.65e-3
     state = la2.forward_with_state(*x.args, **x.options)[1]
     assert relative_error(state, gradient_truth(x)["final_state"]) <= 1e-3
 
