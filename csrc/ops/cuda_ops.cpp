@@ -102,7 +102,7 @@ Plan plan_for(const Attention& args, bool backward, bool slope_grad, bool mappab
   problem.mappable = mappable && is_mappable(args.q) && is_mappable(args.k) && is_mappable(args.v);
   const char* forced = std::getenv("LA2_PLAN");
   Plan plan;
-  const Status status = make_plan(problem, device.props(), forced ? forced : "", &plan);
+  const Status status = recall_plan(problem, device.props(), forced ? forced : "", &plan);
   if (!status.is_ok()) fail(args.op, ": ", status.message());
   return plan;
 }

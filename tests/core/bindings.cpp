@@ -35,6 +35,12 @@ la2::Plan plan(const la2::Problem& problem, const la2::DeviceProps& device, cons
   return plan;
 }
 
+la2::Plan recalled_plan(const la2::Problem& problem, const la2::DeviceProps& device, const std::string& forced) {
+  la2::Plan plan;
+  raise_if(la2::recall_plan(problem, device, forced, &plan));
+  return plan;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(la2_core, m) {
@@ -97,6 +103,7 @@ PYBIND11_MODULE(la2_core, m) {
   m.def("problem", &problem);
   m.def("device", &device);
   m.def("plan", &plan, py::arg("problem"), py::arg("device"), py::arg("forced") = "");
+  m.def("recalled_plan", &recalled_plan, py::arg("problem"), py::arg("device"), py::arg("forced") = "");
   m.def("describe", &la2::describe);
   m.def("quotient", [](int64_t n, int64_t divisor) { return la2::Division::by(divisor).quotient(n); });
   m.def("rounded_decay_power", [](float slope, int32_t n) { return la2::rounded_decay_power(slope, n); });

@@ -113,6 +113,72 @@ def test_same_problem_same_plan(core, data):
     )
 
 
+def everything(plan):
+    def plain(value):
+        if isinstance(value, list | tuple):
+            return [plain(x) for x in value]
+        return (value.tile_a, value.slice, value.chunk) if hasattr(value, "tile_a") else value
+
+    return {name: plain(getattr(plan, name)) for name in dir(plan) if not name.startswith("_")}
+
+
+@given(st.data())
+@settings(deadline=None, max_examples=50)
+def test_recalled_plans_are_those_that_would_be_made(core, data):
+    asked = data.draw(st.lists(problems(core), min_size=1, max_size=8))
+    for problem in data.draw(st.lists(st.sampled_from(asked), max_size=40)):
+        device, forced = (
+            core.device(data.draw(st.sampled_from(DEVICES[:4]))),
+            data.draw(st.sampled_from(("", "segments=2"))),
+        )
+        made = everything(core.plan(problem, device, forced))
+        assert everything(core.recalled_plan(problem, device, forced)) == made
+
+
+@pytest.mark.parametrize(
+    ("question", "changes"),
+    [
+        (
+            "1,8,{},128,128,bf16",
+            [("backward", True), ("dtype", "fp32"), ("heads", 64), ("dim_k", 64), ("dim_v", 64)]
+            + [
+                ("is_extend", True),
+                ("mappable", False),
+                ("num_sms", 16),
+                ("compute_capability", 80),
+                ("", "segments=5"),
+            ],
+        ),
+        ("1,8,{},128,128,bf16,packed=3", [("num_seqs", 60)]),
+        ("3,8,{},128,128,bf16,backward", [("slope_grad", True)]),
+    ],
+)
+def test_plans_are_recalled_for_the_same_question_alone(core, question, changes):
+    """Whatever differs, one at a time; at 200 lengths, so that some of each are kept in one place."""
+
+    def ask(length, change="", value=""):
+        problem, device = core.problem(question.format(length)), core.device("sm_90x132")
+        if change:
+            value = getattr(core.DType, value) if change == "dtype" else value
+            setattr(device if hasattr(device, change) else problem, change, value)
+        forced = "" if change else value
+        made = everything(core.plan(problem, device, forced))
+        assert everything(core.recalled_plan(problem, device, forced)) == made
+        return made
+
+    for change in changes:
+        differ = [ask(length) != ask(length, *change) for length in range(4096, 4096 + 200 * 64, 64)]
+        assert any(differ), f"{change} makes no difference here, and so shows nothing"
+
+
+def test_refused_plans_are_not_remembered(core):
+    problem, device = core.problem("1,8,4096,128,128,bf16"), core.device("sm_90x132")
+    for _ in range(2):
+        with pytest.raises(ValueError, match="slice 96"):
+            core.recalled_plan(problem, device, "slice=96")
+        assert everything(core.recalled_plan(problem, device)) == everything(core.plan(problem, device))
+
+
 @given(text=st.text(alphabet="familysegt=,m80x1234567890-", max_size=30))
 @settings(deadline=None)
 def test_any_forced_text_is_a_plan_or_a_sentence(core, text):
