@@ -49,7 +49,7 @@ struct Weights {
 };
 
 // The scores under the mask M_ij = lambda^|i-j| (causal side), times intra, as A operand. kSplit: `rest` is what the
-// rounding left.
+// rounding left; else it is not touched.
 template <class T, bool kSplit>
 __device__ __forceinline__ void mask_scores(uint32_t (&masked)[kChunk / 16][4], uint32_t (&rest)[kChunk / 16][4],
                                             const Accumulators<kChunk / 2>& p, const Weights& weights,
@@ -116,8 +116,8 @@ __device__ __forceinline__ void store_rounded(Tile (&tiles)[kParts], int row, co
 }
 
 // A chunk of out goes to memory in two steps, by every warp for its own 16 rows: to its rows of `staging`, and from
-// there, once ptx::fence_proxy_async() stands between. Apart, as the fence waits long for stores that have just been
-// made.
+// there, once ptx::fence_proxy_async() stands between. Apart: the fence waits for the stores before it, and one serves
+// two outs.
 template <class T, class Tile>
 __device__ __forceinline__ void stage_out(Tile (&staging)[1], const Accumulators<Tile::kCols / 2>& out,
                                           const WarpgroupLane& me) {

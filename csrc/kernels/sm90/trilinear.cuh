@@ -14,7 +14,8 @@ namespace la2::sm90 {
 // kTileA: Da rounded up, the missing columns read as zero. kSlice: the columns of Dc of a block.
 // kSplit: the two operands that are rounded from float32, the state and the weighted c, go in as a sum of two 16-bit
 // numbers. The gradients need it for an error below that of their own rounding (../DESIGN.md); out does not. dq does
-// without the second half of c, for which a slice of 128 has no registers to spare (kSplitsValues).
+// without the second half of c, for which a slice of 128 has no registers to spare (kSplitsValues). dk and dv together
+// split the masked scores as well.
 // kBoth: a second job runs along, T(a', c, b) beside T(a, b, c), whose state is the transposed of the first one's: dv
 // beside dk. One slice is all of Dc then.
 template <class T_, int kTileA_, int kSlice_, bool kSplit_, bool kBoth_ = false>
@@ -298,7 +299,7 @@ __device__ __forceinline__ void write_both_outputs(SharedStorage<Cfg>& smem, con
       const int rows = item.rows_of(ptx::opaque(chunk)), row = ptx::opaque(me.warp * 16 + me.group);
       float upper = row_weight(smem.weights, reverse, rows, row),
             lower = row_weight(smem.weights, reverse, rows, row + 8);
-      if constexpr (Cfg::kNeedsRange) {
+      if constexpr (Cfg::kNeedsRange) {  // behind the last chunk the state's warps may be at it: anything else then
         const float undo = ptx::broadcast_shared(shared_address(is_real ? &smem.range_undo[state] : smem.weights.row));
         upper *= undo;
         lower *= undo;

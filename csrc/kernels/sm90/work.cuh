@@ -45,8 +45,8 @@ struct Cluster<false> {
 };
 
 // Where the items of this block's job are, and in which order it takes them. What only every item asks for is computed
-// anew each time: consumers have no registers to keep it. kAlone: a block has one item and is in no cluster.
-// kInCluster: it may be in one.
+// anew each time: consumers have no registers to keep it. kAlone: a block has one item.
+// kInCluster: it may be one of a cluster.
 template <bool kAlone, bool kInCluster = !kAlone>
 struct Schedule : Cluster<kInCluster> {
   using Cluster<kInCluster>::cluster;
