@@ -33,7 +33,7 @@ template <class Cfg>
 struct GatherStorage {
   GatherStage<Cfg> stages[Cfg::kStages];
   tile::Decay<kChunk> powers[Cfg::kGatherers];  // they may be an item apart
-  uint64_t full[Cfg::kStages], empty[Cfg::kStages], tail;
+  uint64_t full[Cfg::kStages], empty[Cfg::kStages], tail[Cfg::kStages];
 };
 
 // ---- roles
@@ -52,7 +52,7 @@ __device__ __forceinline__ void produce(GatherStorage<Cfg>& smem, const Trilinea
   const Schedule<Cfg::kAlone> schedule(job);
   const int lane = threadIdx.x % 32;
   Ring<Cfg::kStages> ring;
-  uint32_t tail_parity = 0;
+  uint32_t tail_parities = 0;
   for (int index = schedule.first(); index < schedule.count(p); index = schedule.after(index, p)) {
     const Item item = schedule.item(p, job, index, Cfg::kSlice);
     if (!item.is_valid) break;
@@ -61,7 +61,7 @@ __device__ __forceinline__ void produce(GatherStorage<Cfg>& smem, const Trilinea
       GatherStage<Cfg>& stage = smem.stages[ring.stage];
       const bool clears = p.cu_seqlens.data != nullptr && rows < kChunk;
       const uint32_t full = shared_address(&smem.full[ring.stage]);
-      const uint32_t barrier = clears ? shared_address(&smem.tail) : full;
+      const uint32_t barrier = clears ? shared_address(&smem.tail[ring.stage]) : full;
       ptx::mbarrier_wait(shared_address(&smem.empty[ring.stage]), ring.parity ^ 1);
       if (lane == 0) {
         const ptx::TmaBox box = item.box(chunk);
@@ -70,7 +70,7 @@ __device__ __forceinline__ void produce(GatherStorage<Cfg>& smem, const Trilinea
                                               schedule.cluster);
         load_tile<typename Cfg::TileC>(shared_address(&stage.c), &maps.c, barrier, box, item.first_col);
       }
-      if (clears) clear_tail(stage.b, stage.c, rows, barrier, full, tail_parity, lane);
+      if (clears) clear_tail(stage.b, stage.c, rows, barrier, full, ring.stage, tail_parities, lane);
     }
   }
 }
@@ -106,7 +106,7 @@ __device__ __forceinline__ void gather(GatherStorage<Cfg>& smem, const Trilinear
                                     update, me);
       constexpr int kAtOnce = Cfg::kSplit || Cfg::kTileA > 128 ? 32 : 64;
       update_rows<T, Cfg::kSplit, kAtOnce>(z, weighted, rest, stage.b, powers.ascending()[rows]);
-      release_stage(smem.empty[ring.stage], schedule.cluster, me.lane);
+      release_stage<Cfg::kTileA>(smem.empty[ring.stage], schedule.cluster, me.lane);
     }
     if (p.states_alone) {
       store_state<!Cfg::kSplit>(z, job.final, item, gatherer * 64, job.dim_a, cols, me);
@@ -123,9 +123,9 @@ template <class Cfg>
 __device__ __forceinline__ void init_barriers(GatherStorage<Cfg>& smem, int cluster) {
   for (int i = 0; i < Cfg::kStages; ++i) {
     ptx::mbarrier_init(shared_address(&smem.full[i]), 1);
-    ptx::mbarrier_init(shared_address(&smem.empty[i]), 4 * Cfg::kGatherers * cluster);
+    ptx::mbarrier_init(shared_address(&smem.tail[i]), 1);
+    ptx::mbarrier_init(shared_address(&smem.empty[i]), releases_of<Cfg::kTileA>(4 * Cfg::kGatherers, cluster));
   }
-  ptx::mbarrier_init(shared_address(&smem.tail), 1);
   ptx::mbarrier_init_fence();
 }
 
@@ -133,9 +133,9 @@ template <class Cfg>
 __device__ __forceinline__ void invalidate_barriers(GatherStorage<Cfg>& smem) {
   for (int i = 0; i < Cfg::kStages; ++i) {
     ptx::mbarrier_invalidate(shared_address(&smem.full[i]));
+    ptx::mbarrier_invalidate(shared_address(&smem.tail[i]));
     ptx::mbarrier_invalidate(shared_address(&smem.empty[i]));
   }
-  ptx::mbarrier_invalidate(shared_address(&smem.tail));
 }
 
 // Grid: x = blocks of items, y = jobs; clusters as of the trilinear kernel.

@@ -66,7 +66,7 @@ struct SharedStorage {
   tile::Decay<kChunk> powers;                                  // of the state warpgroup, which may be an item ahead
   float range_undo[Cfg::kStateBuffers];                        // fp16: the state's operand was divided by this
   alignas(16) float largest[4];                                // read as one vector
-  uint64_t full[Cfg::kStages], empty[Cfg::kStages], tail;
+  uint64_t full[Cfg::kStages], empty[Cfg::kStages], tail[Cfg::kStages];
   uint64_t state_full[Cfg::kStateBuffers], state_empty[Cfg::kStateBuffers];
 };
 
@@ -154,7 +154,7 @@ __device__ __forceinline__ void produce(SharedStorage<Cfg>& smem, const Trilinea
   const Schedule<Cfg::kAlone, Cfg::kInCluster> schedule(job);
   const int lane = threadIdx.x % 32;
   Ring<Cfg::kStages> ring;
-  uint32_t tail_parity = 0;
+  uint32_t tail_parities = 0;
   for (int index = schedule.first(); index < schedule.count(p); index = schedule.after(index, p)) {
     const Item item = schedule.item(p, job, index, Cfg::kSlice);
     if (!item.is_valid) break;
@@ -164,7 +164,7 @@ __device__ __forceinline__ void produce(SharedStorage<Cfg>& smem, const Trilinea
       // Behind the end of a dense sequence the map ends and zeroes come; behind a packed one, its neighbour.
       const bool clears = p.cu_seqlens.data != nullptr && rows < kChunk;
       const uint32_t full = shared_address(&smem.full[ring.stage]);
-      const uint32_t barrier = clears ? shared_address(&smem.tail) : full;
+      const uint32_t barrier = clears ? shared_address(&smem.tail[ring.stage]) : full;
       ptx::mbarrier_wait(shared_address(&smem.empty[ring.stage]), ring.parity ^ 1);
       if (lane == 0) {
         const ptx::TmaBox box = item.box(chunk);
@@ -177,7 +177,7 @@ __device__ __forceinline__ void produce(SharedStorage<Cfg>& smem, const Trilinea
         if constexpr (Cfg::kBoth)
           load_tile<typename Cfg::TileC>(shared_address(&stage.second_a[0]), &maps[1].a, barrier, box, 0);
       }
-      if (clears) clear_tail(stage.b, stage.c, rows, barrier, full, tail_parity, lane);
+      if (clears) clear_tail(stage.b, stage.c, rows, barrier, full, ring.stage, tail_parities, lane);
     }
   }
 }
@@ -242,14 +242,14 @@ __device__ __forceinline__ void write_outputs(SharedStorage<Cfg>& smem, const Tr
       issue_scores<T>(scores, next.a, next.b);
       ptx::wgmma_wait<1>();
       ptx::pin_registers(out);
-      if (has_next) release_stage(smem.empty[stage], schedule.cluster, me.lane);
+      if (has_next) release_stage<Cfg::kTileA>(smem.empty[stage], schedule.cluster, me.lane);
 
       stage_out<T>(smem.out, out, me);
       ptx::wgmma_wait<0>();
       ptx::pin_registers(scores);
       ptx::fence_proxy_async();
       store_staged<T>(smem.out, maps.out, job, item, chunk, is_packed, me);
-      if (!has_next) release_stage(smem.empty[stage], schedule.cluster, me.lane);
+      if (!has_next) release_stage<Cfg::kTileA>(smem.empty[stage], schedule.cluster, me.lane);
     }
   }
   if (ptx::elect_one()) ptx::tma_store_wait();  // the lane that committed them
@@ -344,7 +344,7 @@ __device__ __forceinline__ void write_both_outputs(SharedStorage<Cfg>& smem, con
       issue_scores<T>(scores, next.a, next.b);
       ptx::wgmma_wait<1>();
       ptx::pin_registers(second_out);
-      if (has_next) release_stage(smem.empty[stage_idx], schedule.cluster, me.lane);
+      if (has_next) release_stage<Cfg::kTileA>(smem.empty[stage_idx], schedule.cluster, me.lane);
       if (has_next) ptx::mbarrier_wait(shared_address(&smem.state_full[state_ring.stage]), state_ring.parity);
       const int next_state = ptx::uniform(has_next ? state_ring.stage : state);
       issue_inter<T, tile::RowsOperand>(out, next.a, smem.state[next_state]);
@@ -355,7 +355,7 @@ __device__ __forceinline__ void write_both_outputs(SharedStorage<Cfg>& smem, con
       store_staged<T>(smem.out, maps[0].out, first, item, chunk, is_packed, me);
       store_staged<T>(smem.second_out, maps[1].out, second, item, chunk, is_packed, me);
       receive(scores, second_scores, has_next ? item.chunk_at(step + 1) : chunk, next_state, has_next);
-      if (!has_next) release_stage(smem.empty[stage_idx], schedule.cluster, me.lane);
+      if (!has_next) release_stage<Cfg::kTileA>(smem.empty[stage_idx], schedule.cluster, me.lane);
     }
   }
   if (ptx::elect_one()) ptx::tma_store_wait();  // the lane that committed them
@@ -411,7 +411,7 @@ __device__ __forceinline__ void carry_state(SharedStorage<Cfg>& smem, const Tril
         // whole one.
         update_state<Cfg>(z, smem.stages[stage], smem.powers, update, reverse, item.rows_of(item.chunk_at(step)),
                           wants_state && step + 1 == item.num_chunks && p.units == nullptr, me);
-      release_stage(smem.empty[ring.stage], schedule.cluster, me.lane);
+      release_stage<Cfg::kTileA>(smem.empty[ring.stage], schedule.cluster, me.lane);
     }
     if (wants_state) {
 #pragma unroll
@@ -430,9 +430,9 @@ __device__ __forceinline__ void init_barriers(SharedStorage<Cfg>& smem, int clus
   constexpr int kConsumerWarps = 2 * kWarpsOfRole;
   for (int i = 0; i < Cfg::kStages; ++i) {
     ptx::mbarrier_init(shared_address(&smem.full[i]), 1);
-    ptx::mbarrier_init(shared_address(&smem.empty[i]), kConsumerWarps * cluster);
+    ptx::mbarrier_init(shared_address(&smem.tail[i]), 1);
+    ptx::mbarrier_init(shared_address(&smem.empty[i]), releases_of<Cfg::kTileA>(kConsumerWarps, cluster));
   }
-  ptx::mbarrier_init(shared_address(&smem.tail), 1);
   for (int i = 0; i < Cfg::kStateBuffers; ++i) {
     ptx::mbarrier_init(shared_address(&smem.state_full[i]), kWarpsOfRole);
     ptx::mbarrier_init(shared_address(&smem.state_empty[i]), kWarpsOfRole);

@@ -152,12 +152,14 @@ __device__ __forceinline__ void clear_rows(uint32_t tile, int rows, uint32_t bar
 }
 
 // A chunk whose copy announced itself at `arrived` has no more than `rows` rows: the rest of what is summed over tokens
-// is cleared, which arrives at `full`. One warp.
+// is cleared, which arrives at `full`. One warp. A barrier `arrived` for each stage, whose parity is bit `stage` of
+// `parities`: with one for all, the other block of a cluster could be a chunk ahead, and its bytes would count for
+// those that this one still waits for.
 template <class TileB, class TileC>
-__device__ __forceinline__ void clear_tail(TileB& b, TileC& c, int rows, uint32_t arrived, uint32_t full,
-                                           uint32_t& parity, int lane) {
-  ptx::mbarrier_wait(arrived, parity);
-  parity ^= 1;
+__device__ __forceinline__ void clear_tail(TileB& b, TileC& c, int rows, uint32_t arrived, uint32_t full, int stage,
+                                           uint32_t& parities, int lane) {
+  ptx::mbarrier_wait(arrived, parities >> stage & 1);
+  parities ^= 1u << stage;
   if (lane != 0) return;
   ptx::mbarrier_arrive_expect(full, (TileB::kBlocks + TileC::kBlocks) * (kChunk - rows) * 128);
   clear_rows<TileC>(shared_address(&c), rows, full);
