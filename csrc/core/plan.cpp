@@ -142,9 +142,11 @@ Status parse_forced(const std::string& text, Forced* forced) {
       if (Status s = parse_number("LA2_PLAN: passes", value, &forced->passes); !s.is_ok()) return s;
       if (forced->passes != 1 && forced->passes != 3)
         return Status::error("LA2_PLAN: passes is '" + value + "', expected 1 or 3");
+    } else if (key == "pieces") {
+      if (Status s = parse_number("LA2_PLAN: pieces", value, &forced->pieces); !s.is_ok()) return s;
     } else {
       return Status::error("LA2_PLAN: unknown key '" + key +
-                           "', expected family, slice, segments, cluster, blocks or passes");
+                           "', expected family, slice, segments, cluster, blocks, passes or pieces");
     }
   }
   return Status::ok();
@@ -299,7 +301,9 @@ std::string describe(const Problem& p, const DeviceProps& device, const Plan& pl
          << " slice " << plan.tiles[i].slice << " chunk " << plan.tiles[i].chunk
          << (plan.clusters[i] > 1 ? " cluster " + std::to_string(plan.clusters[i]) : "");
   line << ", " << plan.num_segments << (plan.num_segments == 1 ? " segment of " : " segments of ") << plan.segment_len
-       << (plan.in_one_pass ? " in one pass" : "") << ", " << plan.num_units << " units";
+       << (plan.in_one_pass ? " in one pass" : "")
+       << (plan.num_pieces > 1 ? " gathered in " + std::to_string(plan.num_pieces) + " pieces" : "") << ", "
+       << plan.num_units << " units";
   char number[64];
   std::snprintf(
       number, sizeof number, ", workspace %.2f MiB, predicted %.0f us",

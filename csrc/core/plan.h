@@ -48,7 +48,7 @@ struct Plan {
   int64_t segment_len = 0;         // tokens, a multiple of every chunk; one segment: at least the longest sequence
   int64_t num_segments = 1;        // of the longest possible sequence
   int64_t num_units = 0;           // bound on segments over all sequences
-  int64_t local_states = 0;        // of [H, D, E] in the workspace (0: one segment)
+  int64_t local_states = 0;        // of [H, D, E] in the workspace, with those of pieces (0: one segment)
   int64_t dot_floats = 0;          // slope gradient: elements of the workspace for dq's and dk's dots
   // The state pass before launch 0 (jobs dq and dk, whose states dv shares) and, sm90 without is_fused, before
   // launch 1. Forward: also of a state pass for snapshots,
@@ -56,12 +56,16 @@ struct Plan {
   Tile state_tiles[2];
   int state_clusters[2] = {1, 1};
   int64_t state_floats[2] = {0, 0};  // sm90: of one head's state, in the family's own order (0: [D, E])
+  // sm90: the state pass walks a segment in pieces of this many chunks side by side, counted from the end of the sweep,
+  // the last one what is left.
+  int num_pieces = 1;
+  int64_t piece_chunks = 0;
   double predicted_us = 0;
 };
 
 // Fails with a sentence where no kernel serves the problem. `forced` is the value of LA2_PLAN: a comma-separated list
 // of key=value out of family=simt|sm80|sm90, slice=64|128, segments=N; sm90: cluster=1|2|4, blocks=N for each that is
-// resident, which take turns, passes=1|3 where sequences are cut (1: in_one_pass); empty: free choice.
+// resident, which take turns, passes=1|3 where sequences are cut (1: in_one_pass), pieces=N; empty: free choice.
 Status make_plan(const Problem& problem, const DeviceProps& device, const std::string& forced, Plan* plan);
 
 // The same for callers that ask for the same again and again: each thread remembers the plans that it last made.

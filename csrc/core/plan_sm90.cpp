@@ -67,6 +67,20 @@ int64_t most_blocks(const Problem& p, const DeviceProps& device, int cluster, co
 constexpr double kWindowShare = 0.35;
 constexpr int64_t kLongestWindow = 111, kMeanWindow = 24;
 
+// Forward, segments are gathered in pieces, so that the flattest head, whose window is the longest, is shared out among
+// SMs that others have left. Neither short nor many: each is a state more to write and to read, which without decay is
+// all that there is to it. Gradients gained nothing (csrc/kernels/DESIGN.md). Not in extend, where the bits of a
+// request would then depend on how many tokens the others bring.
+constexpr int64_t kPieceChunks = 16, kMostPieces = 4;
+
+void set_pieces(const Problem& p, const Forced& forced, Plan* plan) {
+  if (p.is_extend || (p.backward && forced.pieces == 0)) return;
+  const int64_t chunks = plan->segment_len / kChunk;
+  const int64_t wanted = forced.pieces != 0 ? forced.pieces : std::min(kMostPieces, chunks / kPieceChunks);
+  plan->piece_chunks = ceil_div(chunks, std::clamp<int64_t>(wanted, 1, std::min(chunks, kMaxSegments)));
+  plan->num_pieces = static_cast<int>(ceil_div(chunks, plan->piece_chunks));
+}
+
 // What blocks walk.
 struct Walk {
   int64_t units;     // times heads
@@ -228,7 +242,9 @@ Status plan_sm90(const Problem& p, const DeviceProps& device, const Forced& forc
       };
       if (!p.backward) choose_state_tile(0, p.dim_k, p.dim_v);  // also for snapshots, where nothing is cut
       if (cut) {
-        us += kStatePassUs + (candidate.num_segments > 2 ? kCombineUs : 0);
+        set_pieces(p, forced, &candidate);
+        const bool combines = candidate.num_segments > 2 || candidate.num_pieces > 1;
+        us += kStatePassUs + (combines ? kCombineUs : 0);
         auto add_states = [&](int launch, int64_t dim_a, int64_t dim_c, int jobs) {
           choose_state_tile(launch, dim_a, dim_c);
           const Tile& tile = candidate.state_tiles[launch];
@@ -241,6 +257,7 @@ Status plan_sm90(const Problem& p, const DeviceProps& device, const Forced& forc
             const bool at_once = walk.units * slices * jobs <= resident_blocks(device, cluster);
             Walk window = walk;
             if (at_once) window.chunks = std::min(walk.chunks, kLongestWindow);
+            if (candidate.num_pieces > 1) window.chunks = std::min(window.chunks, candidate.piece_chunks);
             const double share = static_cast<double>(kMeanWindow) / static_cast<double>(walk.chunks);
             const double bytes = rows * jobs * walk.cut_share * static_cast<double>(dim_a + dim_c);
             return (at_once ? 1.0 : kWindowShare) * launch_us(device, window, slices * jobs, cluster, walk.cut_share,
@@ -257,7 +274,7 @@ Status plan_sm90(const Problem& p, const DeviceProps& device, const Forced& forc
           add_states(1, p.dim_k, p.dim_v, 1);
           candidate.local_states += candidate.num_units;
         }
-        if (candidate.num_segments > 2) us += combine_us(p, candidate);
+        if (combines) us += combine_us(p, candidate);
         const double together = one_pass_us(p, device, candidate, walks);
         const bool is_short = candidate.segment_len < kMinSegment && forced.segments == 0;  // for three passes
         if (together == 0 && (forced.passes == 1 || is_short)) continue;
@@ -267,7 +284,9 @@ Status plan_sm90(const Problem& p, const DeviceProps& device, const Forced& forc
           us = together;
           candidate.clusters[0] = 1;
           candidate.max_blocks[0] = 0;
+          candidate.num_pieces = 1;
         }
+        candidate.local_states *= candidate.num_pieces;
       } else if (forced.passes == 1) {
         continue;
       }

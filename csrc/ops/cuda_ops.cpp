@@ -178,7 +178,7 @@ void enter_segments(const Attention& args, const Plan& plan, int which, Trilinea
   if (plan.family == Family::kSm90) params.local_floats = plan.state_floats[which];
   launch_states(args, plan, which, params, gradients, device.stream());
   // Of two segments the second one is entered by what leaves the first.
-  if (plan.family == Family::kSm90 && plan.num_segments == 2) return;
+  if (plan.family == Family::kSm90 && plan.num_segments == 2 && plan.num_pieces == 1) return;
   const bool overlaps = plan.family != Family::kSimt && device.orders_kernels();
   check_cuda(args.op, "launching the combine pass",
              simt::launch_combine(params, args.dtype == DType::kFloat64, overlaps, device.stream()));
@@ -192,12 +192,14 @@ TrilinearParams common_params(const Attention& args, const Plan& plan) {
   set_segment_len(params, plan.segment_len);
   params.num_units = plan.num_units;
   params.is_cut = plan.num_segments > 1;
+  params.num_pieces = plan.num_pieces;
+  params.piece_chunks = static_cast<int32_t>(plan.piece_chunks);
   return params;
 }
 
-// A state [dim_a, dim_c] per unit and head for the jobs of launch `which`: [num_units, H, floats].
+// A state [dim_a, dim_c] per unit, piece and head for the jobs of launch `which`: [num_pieces num_units, H, floats].
 Tensor empty_local_states(const Attention& args, const Plan& plan, int which, int64_t dim_a, int64_t dim_c) {
-  const int64_t units = plan.num_segments > 1 ? plan.num_units : 0;
+  const int64_t units = plan.num_segments > 1 ? plan.num_units * plan.num_pieces : 0;
   const int64_t own = plan.state_floats[which];
   return empty_contiguous(args.q, {units, args.sizes.heads, own != 0 ? own : dim_a * dim_c}, args.accumulation);
 }

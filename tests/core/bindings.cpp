@@ -85,6 +85,8 @@ PYBIND11_MODULE(la2_core, m) {
       .def_readonly("num_segments", &la2::Plan::num_segments)
       .def_readonly("num_units", &la2::Plan::num_units)
       .def_readonly("local_states", &la2::Plan::local_states)
+      .def_readonly("num_pieces", &la2::Plan::num_pieces)
+      .def_readonly("piece_chunks", &la2::Plan::piece_chunks)
       .def_readonly("dot_floats", &la2::Plan::dot_floats)
       .def_readonly("predicted_us", &la2::Plan::predicted_us)
       .def_property_readonly("clusters",

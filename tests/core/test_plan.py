@@ -88,7 +88,13 @@ def test_plans_cover_and_fit(core, data):
     if not problem.packed:
         assert sum(segments) == plan.num_units
     assert max(segments, default=1) <= plan.num_segments
-    assert plan.local_states >= (plan.num_units if plan.num_segments > 1 else 0)
+    assert plan.local_states >= (plan.num_units * plan.num_pieces if plan.num_segments > 1 else 0)
+    # Pieces: every chunk of a segment in exactly one, and a chunk or more in each.
+    if plan.num_pieces > 1:
+        assert plan.family == core.Family.sm90 and plan.num_segments > 1 and not plan.in_one_pass
+        assert not problem.is_extend
+        chunks = plan.segment_len // 64
+        assert (plan.num_pieces - 1) * plan.piece_chunks < chunks <= plan.num_pieces * plan.piece_chunks
 
     # The slope gradient's slots, as first_chunk_slot numbers them (csrc/kernels/trilinear.h).
     if problem.slope_grad:
@@ -209,7 +215,7 @@ def test_any_problem_text_is_a_problem_or_a_sentence(core, text):
         ("passes=2", "LA2_PLAN: passes is '2', expected 1 or 3"),
         ("passes=1,segments=64", "cut so that all blocks are resident"),
         ("segments=0", "LA2_PLAN: segments is '0', expected a positive whole number"),
-        ("chunk=64", "LA2_PLAN: unknown key 'chunk', expected family, slice, segments, cluster, blocks or passes"),
+        ("chunk=64", "LA2_PLAN: unknown key 'chunk', expected family, slice, segments, cluster, blocks, passes or pieces"),
     ],
 )
 def test_forced_plans_that_cannot_be(core, forced, sentence):

@@ -12,7 +12,7 @@ constexpr const char* kWords[] = {"family=",  "slice=", "segments=", "cluster=",
                                   "64",       "128",    "1",         "2",        ",",    "=",    "9223372036854775807",
                                   "backward", "dslope", "packed=",   "bf16",     "fp32", "fp64", "sm_90x132",
                                   "-1",       "0",      "4096",      "x",        "sm_",  "7",    "1,8,4096,128,128,",
-                                  "passes="};
+                                  "passes=",  "pieces="};
 
 std::string text(Bytes& in) {
   std::string s;
@@ -30,11 +30,11 @@ std::string plan_text(Bytes& in) {
   if (in.flag()) return text(in);
   std::string s;
   for (int64_t n = in.below(4); n > 0; --n) {
-    constexpr const char* kParts[] = {"family=simt", "family=sm80", "family=sm90", "slice=64",
-                                      "slice=128",   "cluster=1",   "cluster=2",   "cluster=4",
-                                      "segments=1",  "segments=7",  "passes=1",    "passes=3"};
-    const uint8_t which = in.byte() % 14;
-    s += (s.empty() ? "" : ",") + (which < 12 ? std::string(kParts[which]) : "segments=" + std::to_string(in.size()));
+    constexpr const char* kParts[] = {"family=simt", "family=sm80", "family=sm90", "slice=64",   "slice=128",
+                                      "cluster=1",   "cluster=2",   "cluster=4",   "segments=1", "segments=7",
+                                      "passes=1",    "passes=3",    "pieces=3"};
+    const uint8_t which = in.byte() % 15;
+    s += (s.empty() ? "" : ",") + (which < 13 ? std::string(kParts[which]) : "segments=" + std::to_string(in.size()));
   }
   return s;
 }
@@ -94,6 +94,11 @@ void check_plan(const Problem& p, const DeviceProps& d, const Plan& plan) {
   if (p.packed && p.num_seqs > 0)
     check(plan.num_units >= p.num_seqs && plan.num_units >= segments, "units bound segments");
   check((plan.local_states > 0) == (plan.num_segments > 1 && plan.num_units > 0), "states where sequences are cut");
+  check(plan.num_pieces >= 1 && (plan.num_pieces == 1 || plan.local_states >= plan.num_units * plan.num_pieces),
+        "a state for each piece");
+  check(plan.num_pieces == 1 ||
+            (plan.family == Family::kSm90 && !plan.in_one_pass && !p.is_extend && plan.num_segments > 1),
+        "pieces where they may");
   check(plan.local_states >= 0 && plan.dot_floats >= 0 && plan.state_floats[0] >= 0, "workspaces are sizes");
   check(plan.predicted_us >= 0, "a time");
 }

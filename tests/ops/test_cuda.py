@@ -66,7 +66,11 @@ HOPPER_DIMS = (*DIMS, (96, 96), (192, 192), (256, 256))
 
 @needs_hopper
 @pytest.mark.parametrize(
-    "plan", ("segments=1", "segments=2", "segments=3", "segments=7", "slice=64", "slice=64,cluster=1")
+    "plan",
+    (
+        *("segments=1", "segments=2", "segments=3", "segments=7", "slice=64", "slice=64,cluster=1"),
+        *("segments=2,pieces=3", "segments=3,pieces=2"),
+    ),
 )
 @pytest.mark.parametrize("dims", HOPPER_DIMS, ids=plan_id)
 @pytest.mark.parametrize("dtype", HALVES, ids=plan_id)
@@ -127,10 +131,11 @@ def test_expanded_operands(expanded):
 
 
 @needs_hopper
-@pytest.mark.parametrize("segments", (2, 5))
-def test_windows_of_steep_heads(monkeypatch, segments):
-    """The state pass leaves out what has decayed under 2^-40; neighbouring heads decay from not at all to at once."""
-    monkeypatch.setenv("LA2_PLAN", f"family=sm90,segments={segments}")
+@pytest.mark.parametrize("plan", ("segments=2", "segments=5", "segments=2,pieces=1", "segments=3,pieces=7"))
+def test_windows_of_steep_heads(monkeypatch, plan):
+    """The state pass leaves out what has decayed under 2^-40; neighbouring heads decay from not at all to at once, so
+    that some segments come in pieces and some not."""
+    monkeypatch.setenv("LA2_PLAN", f"family=sm90,{plan}")
     x = Case(heads=6, length=4096, key_dim=128, value_dim=128, dtype=BF16).make(CUDA)
     x.slope = torch.tensor([0.0, 1e-4, 0.01, 0.05, 0.5, 50.0], device=CUDA)
     check(x, run(x, need_dslope=False))

@@ -71,7 +71,7 @@ def dense_and_packed(dims, dtype):
 
 @needs_hopper
 @pytest.mark.sanitize
-@pytest.mark.parametrize("plan", ("segments=1", "segments=3", "slice=64,segments=2"))
+@pytest.mark.parametrize("plan", ("segments=1", "segments=3", "slice=64,segments=2", "segments=2,pieces=2"))
 @pytest.mark.parametrize("dtype, dims", HOPPER_TINY, ids=plan_id)
 def test_tiny_hopper_prefill(monkeypatch, dtype, dims, plan):
     """The same for the Hopper kernels: every role, tails, packed neighbours, clusters, state and combine pass."""

@@ -16,15 +16,16 @@ namespace la2::simt {
 constexpr int kCombineThreads = 256;
 
 // Whether anything is to be done for sequence `index` (a table of units: for unit `index`). Quick: most packed
-// sequences are short. Opaque states of two segments are as they should be.
+// sequences are short. Opaque states of two segments are as they should be, unless they came in pieces.
 __device__ inline bool has_segments(const TrilinearParams& params, int64_t index) {
   const bool is_opaque = params.local_floats != 0;
+  const int64_t longest = params.segment_len * (params.num_pieces > 1 ? 1 : 2);
   if (params.units != nullptr) {
     const UnitEntry& entry = params.units[index];
-    return entry.segment == 0 && (!is_opaque || entry.seq_length > 2 * params.segment_len);
+    return entry.segment == 0 && (!is_opaque || entry.seq_length > longest);
   }
   if (params.cu_seqlens.data == nullptr || !is_opaque) return true;
-  return sequence_rows(params.cu_seqlens, index, params.sizes.length).length > 2 * params.segment_len;
+  return sequence_rows(params.cu_seqlens, index, params.sizes.length).length > longest;
 }
 
 // One sequence (has_segments) and head: what is known before anything was gathered, and then its elements. kIsOpaque:
@@ -48,6 +49,11 @@ class Combination {
     const int64_t last_len = unit.seq_length - (count_ - 1) * params.segment_len;
     decay_ = rounded_decay_power(slope, static_cast<int>(params.segment_len));
     decay_of_first_ = job.reverse ? rounded_decay_power(slope, static_cast<int>(last_len)) : decay_;
+    if constexpr (kIsOpaque) {
+      pieces_ = pieces_of(params, slope, params.segment_len);
+      pieces_of_first_ = job.reverse ? pieces_of(params, slope, last_len) : pieces_;
+      piece_step_ = params.num_units * job.local.stride_s;
+    }
   }
 
   // Elements [element, element + kSize) of every segment's state.
@@ -59,7 +65,8 @@ class Combination {
                       element / job_.dim_c * s.stride_d + element % job_.dim_c * s.stride_e;
       for (int i = 0; i < kSize; ++i) z.x[i] = from[i * s.stride_e];
     }
-    // Opaque states: what leaves segment g takes the place of local(g), and the first one is as it should be.
+    // Opaque states: what leaves segment g takes the place of local(g), and the first one is as it should be, unless it
+    // came in pieces.
     T* place = first_ + element;
     T factor = decay_of_first_;
 #pragma unroll 1
@@ -69,6 +76,7 @@ class Combination {
 #pragma unroll
       for (int i = 0; i < kAhead; ++i, from += step_)
         if (first + i + 1 < count_) gathered[i] = load_vec(from);  // nobody gathered the last one
+      if constexpr (kIsOpaque) add_pieces(gathered, place, first);
 #pragma unroll
       for (int i = 0; i < kAhead; ++i, place += step_) {
         if (first + i >= count_) break;
@@ -76,15 +84,31 @@ class Combination {
 #pragma unroll
         for (int e = 0; e < kSize; ++e) z.x[e] = factor * z.x[e] + gathered[i].x[e];
         factor = decay_;
-        if (kIsOpaque && first + i > 0 && first + i + 1 < count_) store_global(place, z);
+        if (kIsOpaque && (first + i > 0 || pieces_of_first_ > 1) && first + i + 1 < count_) store_global(place, z);
       }
     }
   }
 
  private:
+  // The other pieces of segments first, first + 1, .., the first of which has its elements at `place`.
+  __device__ void add_pieces(Vec<T> (&gathered)[kAhead], const T* place, int first) const {
+    const int most = max(pieces_, pieces_of_first_);
+#pragma unroll 1
+    for (int piece = 1; piece < most; ++piece) {
+      const T* from = place + piece * piece_step_;
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i, from += step_) {
+        if (first + i + 1 >= count_ || piece >= (first + i == 0 ? pieces_of_first_ : pieces_)) continue;
+        const Vec<T> part = load_vec(from);
+#pragma unroll
+        for (int e = 0; e < kSize; ++e) gathered[i].x[e] += part.x[e];
+      }
+    }
+  }
+
   const TrilinearJob& job_;
-  int64_t head_, state_, step_;
-  int count_;
+  int64_t head_, state_, step_, piece_step_;
+  int count_, pieces_, pieces_of_first_;
   T* first_;
   T decay_, decay_of_first_;
 };

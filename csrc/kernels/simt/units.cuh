@@ -127,6 +127,22 @@ __device__ inline T slope_of(const TrilinearParams& params, int64_t sequence, in
   return static_cast<const T*>(slope.data)[sequence * slope.stride_s + head * slope.stride_h];
 }
 
+// Chunks back from a segment's end (in the order of the sweep) that its local state needs: what is further back has
+// decayed under 2^-40, which no result of 16 bits can show unless inputs differ by more than 2^30 in magnitude.
+constexpr int kWindowChunk = 64;  // of the family whose state pass has windows and pieces
+__device__ inline int window_chunks(float slope, int num_chunks) {
+  constexpr float kNatsOfWindow = 40 * 0.6931472f;
+  const float chunks = kNatsOfWindow / (slope * kWindowChunk) + 1;
+  return chunks < static_cast<float>(num_chunks) ? static_cast<int>(chunks) + 1 : num_chunks;
+}
+
+// The pieces that a segment of `length` tokens comes in (TrilinearParams::num_pieces).
+__device__ inline int pieces_of(const TrilinearParams& params, float slope, int64_t length) {
+  if (params.num_pieces == 1) return 1;
+  const int window = window_chunks(slope, static_cast<int>((length + kWindowChunk - 1) / kWindowChunk));
+  return min((window + params.piece_chunks - 1) / params.piece_chunks, params.num_pieces);
+}
+
 // Which of the states in memory that is; negative: none.
 template <class AnyState>
 __device__ inline int64_t slot_of(const AnyState& s, int64_t state) {

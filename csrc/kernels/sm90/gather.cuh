@@ -38,25 +38,50 @@ struct GatherStorage {
 
 // ---- roles
 
-// The last segment of a sequence is left out, nobody needs its state; of the others, what decay leaves nothing of.
-// Nothing is where the states are the result.
-__device__ inline int first_step(const TrilinearParams& p, const Item& item) {
-  if (p.states_alone) return 0;
-  if (item.is_last) return item.num_chunks;
-  return item.num_chunks - window_chunks(simt::slope_of<float>(p, item.sequence, item.head), item.num_chunks);
+// The schedule's items once for each piece of a segment, the pieces that every segment has first.
+template <bool kAlone>
+struct PieceSchedule : Schedule<kAlone> {
+  using Items = Schedule<kAlone>;
+  using Items::Items;
+  __device__ int count(const TrilinearParams& params) const { return Items::count(params) * params.num_pieces; }
+  __device__ int after(int index, const TrilinearParams& params) const {
+    return kAlone ? count(params) : Items::after(index, params);
+  }
+  __device__ int piece(const TrilinearParams& params, int index) const {
+    return params.num_pieces == 1 ? 0 : index / Items::count(params);
+  }
+  __device__ Item item(const TrilinearParams& params, const TrilinearJob& job, int index, int slice_cols) const {
+    return Items::item(params, job, index - piece(params, index) * Items::count(params), slice_cols);
+  }
+};
+
+// The steps of a piece. The last segment of a sequence is left out, nobody needs its state; of the others, what decay
+// leaves nothing of. Nothing is where the states are the result.
+static_assert(kChunk == simt::kWindowChunk);
+struct Steps {
+  int begin, end;
+};
+__device__ inline Steps steps_of(const TrilinearParams& p, const Item& item, int piece) {
+  if (p.states_alone) return {0, item.num_chunks};
+  if (item.is_last) return {0, 0};
+  const float slope = simt::slope_of<float>(p, item.sequence, item.head);
+  const int begin = item.num_chunks - simt::window_chunks(slope, item.num_chunks);
+  const int end = item.num_chunks - piece * p.piece_chunks;
+  return {piece + 1 == p.num_pieces ? begin : max(begin, end - p.piece_chunks), end};
 }
 
 template <class Cfg>
 __device__ __forceinline__ void produce(GatherStorage<Cfg>& smem, const TrilinearParams& p, const TrilinearJob& job,
                                         const JobMaps& maps) {
-  const Schedule<Cfg::kAlone> schedule(job);
+  const PieceSchedule<Cfg::kAlone> schedule(job);
   const int lane = threadIdx.x % 32;
   Ring<Cfg::kStages> ring;
   uint32_t tail_parities = 0;
   for (int index = schedule.first(); index < schedule.count(p); index = schedule.after(index, p)) {
     const Item item = schedule.item(p, job, index, Cfg::kSlice);
     if (!item.is_valid) break;
-    for (int step = first_step(p, item); step < item.num_chunks; ++step, ring.advance()) {
+    const Steps steps = steps_of(p, item, schedule.piece(p, index));
+    for (int step = steps.begin; step < steps.end; ++step, ring.advance()) {
       const int chunk = item.chunk_at(step), rows = item.rows_of(chunk);
       GatherStage<Cfg>& stage = smem.stages[ring.stage];
       const bool clears = p.cu_seqlens.data != nullptr && rows < kChunk;
@@ -80,7 +105,7 @@ template <class Cfg>
 __device__ __forceinline__ void gather(GatherStorage<Cfg>& smem, const TrilinearParams& p, const TrilinearJob& job,
                                        int gatherer) {
   using T = typename Cfg::T;
-  const Schedule<Cfg::kAlone> schedule(job);
+  const PieceSchedule<Cfg::kAlone> schedule(job);
   const WarpgroupLane me;
   const float update = static_cast<float>(job.update);
   tile::Decay<kChunk>& powers = smem.powers[gatherer];
@@ -88,16 +113,18 @@ __device__ __forceinline__ void gather(GatherStorage<Cfg>& smem, const Trilinear
   for (int index = schedule.first(); index < schedule.count(p); index = schedule.after(index, p)) {
     const Item item = schedule.item(p, job, index, Cfg::kSlice);
     if (!item.is_valid) break;
-    if (item.is_last && !p.states_alone) continue;
+    const Steps steps = steps_of(p, item, schedule.piece(p, index));
+    if (steps.begin >= steps.end && !p.states_alone) continue;
     ptx::named_barrier_sync(1 + gatherer, 128);
     powers.fill(simt::slope_of<float>(p, item.sequence, item.head), ptx::opaque(threadIdx.x % 128), 128);
     ptx::named_barrier_sync(1 + gatherer, 128);
-    const int cols = job.dim_c - item.first_col;
-    int step = first_step(p, item);
+    // Opaque: computed where it is used, else it would have no register.
+    auto cols = [&] { return ptx::opaque(job.dim_c) - item.first_col; };
     Accumulators<Cfg::kTileA / 2> z;
     clear(z);
-    if (item.is_first && step == 0) load_state<!Cfg::kSplit>(z, job.initial, item, gatherer * 64, job.dim_a, cols, me);
-    for (; step < item.num_chunks; ++step, ring.advance()) {
+    if (item.is_first && steps.begin == 0)
+      load_state<!Cfg::kSplit>(z, job.initial, item, gatherer * 64, job.dim_a, cols(), me);
+    for (int step = steps.begin; step < steps.end; ++step, ring.advance()) {
       const int rows = item.rows_of(item.chunk_at(step));
       const GatherStage<Cfg>& stage = smem.stages[ptx::uniform(ring.stage)];
       ptx::mbarrier_wait(shared_address(&smem.full[ring.stage]), ring.parity);
@@ -109,9 +136,14 @@ __device__ __forceinline__ void gather(GatherStorage<Cfg>& smem, const Trilinear
       release_stage<Cfg::kTileA>(smem.empty[ring.stage], schedule.cluster, me.lane);
     }
     if (p.states_alone) {
-      store_state<!Cfg::kSplit>(z, job.final, item, gatherer * 64, job.dim_a, cols, me);
-    } else if (gatherer * 64 < cols) {
-      store_fragment(z, fragment_of<Cfg::kTileA>(job, item, item.unit, gatherer, me));
+      store_state<!Cfg::kSplit>(z, job.final, item, gatherer * 64, job.dim_a, cols(), me);
+    } else if (gatherer * 64 < cols()) {
+      const int piece = schedule.piece(p, ptx::opaque(index));  // as cols
+      if (piece > 0)                                            // it is whole chunks from the end
+        scale(z,
+              rounded_decay_power(simt::slope_of<float>(p, item.sequence, item.head), piece * p.piece_chunks * kChunk));
+      const int place = item.unit + piece * static_cast<int>(p.num_units);
+      store_fragment(z, fragment_of<Cfg::kTileA>(job, item, place, gatherer, me));
     }
   }
 }

@@ -19,7 +19,7 @@ inline int64_t blocks_of_items(TrilinearParams& params, const LaunchOptions& opt
     params.jobs[i].by_slices = Division::by(needed > 0 ? needed : 1);
     if (needed > groups) groups = needed;
   }
-  int64_t clusters = groups * params.sizes.heads * params.num_units;
+  int64_t clusters = groups * params.sizes.heads * params.num_units * (options.state_only ? params.num_pieces : 1);
   if (clusters > INT32_MAX) return clusters;  // items are counted in 32 bits: launch_kernel refuses
   const int64_t most = options.max_blocks / options.cluster;
   if (most > 0 && clusters > most) clusters = most;

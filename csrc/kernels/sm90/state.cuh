@@ -11,6 +11,12 @@ __device__ __forceinline__ void clear(Accumulators<kRegs>& z) {
 #pragma unroll
   for (int i = 0; i < kRegs; ++i) z[i] = 0.f;
 }
+template <int kRegs>
+__device__ __forceinline__ void scale(Accumulators<kRegs>& z, float factor) {
+#pragma unroll
+  for (int i = 0; i < kRegs; ++i) z[i] *= factor;
+}
+
 // Z^T = lambda^C Z^T + (weighted c)^T b for 64 columns of c. The chunk is summed from zero: a tensor core cuts off what
 // it adds to a larger sum, always towards zero, and without decay a state grows from chunk to chunk; the addition to Z
 // rounds (../DESIGN.md). kAtOnce: accumulators of a sum, as the registers allow.

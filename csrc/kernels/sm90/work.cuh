@@ -93,14 +93,6 @@ struct Schedule : Cluster<kInCluster> {
   }
 };
 
-// Chunks back from a segment's end (in the order of the sweep) that its local state needs: what is further back has
-// decayed under 2^-40, which no result of 16 bits can show unless inputs differ by more than 2^30 in magnitude.
-__device__ inline int window_chunks(float slope, int num_chunks) {
-  constexpr float kNatsOfWindow = 40 * 0.6931472f;
-  const float chunks = kNatsOfWindow / (slope * kChunk) + 1;
-  return chunks < static_cast<float>(num_chunks) ? static_cast<int>(chunks) + 1 : num_chunks;
-}
-
 // A ring position: stage and the parity of its barriers.
 template <int kStages>
 struct Ring {
