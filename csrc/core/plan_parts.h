@@ -25,6 +25,7 @@ constexpr double kCombineGBs = 2500;  // of local states read and written
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }  // of a >= 0: a + b may be too much
 
+// The tile that every family has.
 inline int tile_a_for(int64_t dim) { return dim <= 64 ? 64 : dim <= 128 ? 128 : 256; }
 
 // Segments to consider. The longest sequence possible: packed, all tokens may belong to one.

@@ -7,7 +7,7 @@ namespace la2 {
 
 // csrc/kernels/trilinear.h: Da is the contracted dim, Dc the dim of c and out.
 struct Tile {
-  int tile_a = 0;  // Da rounded up: 64, 128 or 256
+  int tile_a = 0;  // Da rounded up: 64, 128 or 256, sm90 also 192
   int slice = 0;   // columns of Dc to a block
   int chunk = 0;   // tokens to a chunk
 };

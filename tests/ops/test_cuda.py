@@ -61,7 +61,7 @@ def test_every_plan(monkeypatch, dtype, dims, size, segments):
         check(x)
 
 
-HOPPER_DIMS = (*DIMS, (96, 96), (192, 192), (256, 256))
+HOPPER_DIMS = (*DIMS, (96, 96), (136, 160), (192, 128), (192, 192), (192, 256), (256, 256))
 
 
 @needs_hopper

@@ -58,8 +58,8 @@ def test_tiny_prefill(monkeypatch, dtype, dims, size, segments):
         check_backward(x, (*(t.cpu() for t in grads[:3]), None, grads[4].cpu()))
 
 
-HOPPER_TINY = [(BF16, dims) for dims in ((64, 64), (128, 128), (64, 128), (128, 64), (256, 256))]
-HOPPER_TINY += [(FP16, (128, 128))]
+HOPPER_TINY = [(BF16, dims) for dims in ((64, 64), (128, 128), (64, 128), (128, 64), (192, 192), (256, 256))]
+HOPPER_TINY += [(FP16, (128, 128)), (FP16, (136, 192))]
 
 
 def dense_and_packed(dims, dtype):
