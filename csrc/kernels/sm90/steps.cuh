@@ -19,15 +19,44 @@ struct WarpgroupLane {
 template <int kRegs>
 using Accumulators = float[kRegs];
 
+template <class Tile>
+__device__ __forceinline__ tile::RowsOperand<Tile> rows_operand(const Tile& tile) {
+  return tile::RowsOperand<Tile>(shared_address(&tile));
+}
+// The same, held in registers: this warp's 16.
+template <class Tile>
+struct HeldRows {
+  static constexpr int kSteps = Tile::kCols / 16;
+  uint32_t rows[kSteps][4];
+
+  __device__ __forceinline__ void load(const Tile& tile, const WarpgroupLane& me) {
+    const auto from = tile::swizzled_rows_first<Tile>(shared_address(&tile), me.warp * 16, 0, me.lane);
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) ptx::ldmatrix_x4(rows[k], from.at(0, 2 * k));
+  }
+  __device__ __forceinline__ const uint32_t (&step(int k) const)[4] { return rows[k]; }
+};
+
+// d += the k-th step of a b, a's rows in shared memory or in registers.
+template <class T, class Tile, class OperandB, int kRegs>
+__device__ __forceinline__ void multiply(Accumulators<kRegs>& d, const tile::RowsOperand<Tile>& a, const OperandB& b,
+                                         int k, int accumulate) {
+  ptx::wgmma<T, ptx::Major::kK, OperandB::kMajor>(d, a.step(k), b.step(k), accumulate);
+}
+template <class T, class Tile, class OperandB, int kRegs>
+__device__ __forceinline__ void multiply(Accumulators<kRegs>& d, const HeldRows<Tile>& a, const OperandB& b, int k,
+                                         int accumulate) {
+  ptx::wgmma<T, OperandB::kMajor>(d, a.step(k), b.step(k), accumulate);
+}
+
 // scores [C, C] = a b^T, issued.
-template <class T, class Tile>
-__device__ __forceinline__ void issue_scores(Accumulators<kChunk / 2>& p, const Tile& a_tile, const Tile& b_tile) {
-  const tile::RowsOperand<Tile> a(shared_address(&a_tile)), b(shared_address(&b_tile));
+template <class T, class OperandA, class Tile>
+__device__ __forceinline__ void issue_scores(Accumulators<kChunk / 2>& p, const OperandA& a, const Tile& b_tile) {
+  const tile::RowsOperand<Tile> b(shared_address(&b_tile));
   ptx::pin_registers(p);
   ptx::wgmma_fence();
 #pragma unroll
-  for (int k = 0; k < Tile::kCols / 16; ++k)
-    ptx::wgmma<T, ptx::Major::kK, ptx::Major::kK>(p, a.step(k), b.step(k), k != 0);
+  for (int k = 0; k < OperandA::kSteps; ++k) multiply<T>(p, a, b, k, k != 0);
   ptx::wgmma_commit();
 }
 

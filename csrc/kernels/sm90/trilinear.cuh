@@ -36,11 +36,16 @@ struct Config {
   static constexpr int kProducerRegisters = 48, kOutputRegisters = kBoth ? 232 : 224, kStateRegisters = 224;
   static_assert(kProducerRegisters + kOutputRegisters + kStateRegisters <= 3 * 168);  // or the last one waits for ever
 
-  // What fits into 227 KB: a second buffer of the state where its operand is not split, then stages, at most 4.
-  static constexpr int kStateBuffers = kSplit ? 1 : 2;
-  static constexpr int kStageBytes = 2 * TileA::kBytes + (kBoth ? 2 : 1) * TileC::kBytes;
+  // Where only two stages of everything would fit, a is held in registers for its two products, and the two stages of
+  // its own that it comes from are free again before the chunk is begun.
+  static constexpr bool kHoldsA = kTileA == 256 && !kSplit;
+  static constexpr int kStagesOfA = kHoldsA ? 2 : 0;
+
+  // What fits into 227 KB: a second buffer of the state where there is one operand of each, then stages, at most 4.
+  static constexpr int kStateBuffers = kSplit || kHoldsA ? 1 : 2;
+  static constexpr int kStageBytes = (kHoldsA ? 1 : 2) * TileA::kBytes + (kBoth ? 2 : 1) * TileC::kBytes;
   static constexpr int kOutBytes = TileC::kBytes + (kBoth ? TileA::kBytes : 0);
-  static constexpr int kFixedBytes = kStateBuffers * kParts * TileZ::kBytes + kOutBytes;
+  static constexpr int kFixedBytes = kStateBuffers * kParts * TileZ::kBytes + kOutBytes + kStagesOfA * TileA::kBytes;
   static constexpr int kStagesThatFit = (224 * 1024 - kFixedBytes) / kStageBytes;
   static constexpr int kStages = kStagesThatFit < 4 ? kStagesThatFit : 4;
   static_assert(kStages >= 2);
@@ -48,16 +53,18 @@ struct Config {
 
 template <class Cfg>
 struct Stage {
-  typename Cfg::TileA a, b;                  // [C, Da]
+  typename Cfg::TileA b, a[!Cfg::kHoldsA];   // [C, Da]
   typename Cfg::TileC c;                     // [C, slice]
   typename Cfg::TileC second_a[Cfg::kBoth];  // [C, Dc]: a of the second job, whose b is c and whose c is b
 };
 
-// Arrivals: the copy engine's bytes and the producer (full, tail); every consumer warp of the cluster (empty); every
-// warp of the state warpgroup (state_full), of the output warpgroup (state_empty).
+// Arrivals: the copy engine's bytes and the producer (full, tail, full_a); every consumer warp of the cluster (empty),
+// every output warp of it (empty_a); every warp of the state warpgroup (state_full), of the output warpgroup
+// (state_empty).
 template <class Cfg>
 struct SharedStorage {
   Stage<Cfg> stages[Cfg::kStages];
+  typename Cfg::TileA a[Cfg::kStagesOfA];
   typename Cfg::TileZ state[Cfg::kStateBuffers][Cfg::kParts];  // Z^T [slice, Da] as it enters a chunk
   typename Cfg::TileC out[1];                                  // [C, slice] on its way to memory
   typename Cfg::TileA second_out[Cfg::kBoth];                  // [C, Da]
@@ -67,6 +74,7 @@ struct SharedStorage {
   float range_undo[Cfg::kStateBuffers];                        // fp16: the state's operand was divided by this
   alignas(16) float largest[4];                                // read as one vector
   uint64_t full[Cfg::kStages], empty[Cfg::kStages], tail[Cfg::kStages];
+  uint64_t full_a[Cfg::kStagesOfA], empty_a[Cfg::kStagesOfA];
   uint64_t state_full[Cfg::kStateBuffers], state_empty[Cfg::kStateBuffers];
 };
 
@@ -75,20 +83,41 @@ enum NamedBarrier { kOutputWarps = 1, kStateWarps = 2 };
 // ---- steps of the output warpgroup
 
 // out [C, N] = a Z, issued; N are the rows of the stored Z^T (RowsOperand) or its columns (ColumnsOperand).
-template <class T, template <class> class Operand, class TileZ, int kParts, class Tile, int kRegs>
-__device__ __forceinline__ void issue_inter(Accumulators<kRegs>& out, const Tile& a_tile,
-                                            const TileZ (&state)[kParts]) {
-  const tile::RowsOperand<Tile> a(shared_address(&a_tile));
+template <class T, template <class> class Operand, class TileZ, int kParts, class OperandA, int kRegs>
+__device__ __forceinline__ void issue_inter(Accumulators<kRegs>& out, const OperandA& a, const TileZ (&state)[kParts]) {
   ptx::pin_registers(out);
   ptx::wgmma_fence();
 #pragma unroll
   for (int part = 0; part < kParts; ++part) {
     const Operand<TileZ> z(shared_address(&state[part]));
 #pragma unroll
-    for (int k = 0; k < Tile::kCols / 16; ++k)
-      ptx::wgmma<T, ptx::Major::kK, Operand<TileZ>::kMajor>(out, a.step(k), z.step(k), k + part != 0);
+    for (int k = 0; k < OperandA::kSteps; ++k) multiply<T>(out, a, z, k, k + part != 0);
   }
   ptx::wgmma_commit();
+}
+
+// The rows of a: those that are held, or where the stage has them.
+template <class Cfg>
+__device__ __forceinline__ decltype(auto) rows_of_a(const HeldRows<typename Cfg::TileA>& held,
+                                                    const Stage<Cfg>& stage) {
+  if constexpr (Cfg::kHoldsA)
+    return (held);
+  else
+    return rows_operand(stage.a[0]);
+}
+
+// A chunk's a into registers, and its stage back: once the scores are issued, as a warp waits there for what it loaded.
+template <class Cfg>
+__device__ __forceinline__ void take_a(HeldRows<typename Cfg::TileA>& held, const SharedStorage<Cfg>& smem,
+                                       const Ring<Cfg::kStagesOfA>& ring, const WarpgroupLane& me) {
+  ptx::mbarrier_wait(shared_address(&smem.full_a[ring.stage]), ring.parity);
+  held.load(smem.a[ring.stage], me);
+}
+template <class Cfg>
+__device__ __forceinline__ void give_back_a(SharedStorage<Cfg>& smem, Ring<Cfg::kStagesOfA>& ring, int cluster,
+                                            const WarpgroupLane& me) {
+  release_stage<Cfg::kTileA>(smem.empty_a[ring.stage], cluster, me.lane);
+  ring.advance();
 }
 
 // What the state's operand was divided by, read by the lane that will say that its warp is done with it.
@@ -171,13 +200,34 @@ __device__ __forceinline__ void produce(SharedStorage<Cfg>& smem, const Trilinea
         ptx::mbarrier_arrive_expect(barrier, sizeof(Stage<Cfg>));
         load_tile_shared<typename Cfg::TileA>(shared_address(&stage.b), &maps->b, barrier, box, schedule.rank(),
                                               schedule.cluster);
-        load_tile_shared<typename Cfg::TileA>(shared_address(&stage.a), &maps->a, barrier, box, schedule.rank(),
-                                              schedule.cluster);
+        if constexpr (!Cfg::kHoldsA)
+          load_tile_shared<typename Cfg::TileA>(shared_address(&stage.a[0]), &maps->a, barrier, box, schedule.rank(),
+                                                schedule.cluster);
         load_tile<typename Cfg::TileC>(shared_address(&stage.c), &maps->c, barrier, box, item.first_col);
         if constexpr (Cfg::kBoth)
           load_tile<typename Cfg::TileC>(shared_address(&stage.second_a[0]), &maps[1].a, barrier, box, 0);
       }
       if (clears) clear_tail(stage.b, stage.c, rows, barrier, full, ring.stage, tail_parities, lane);
+    }
+  }
+}
+
+// Warp 1 of the producer warpgroup, where a has stages of its own.
+template <class Cfg>
+__device__ __forceinline__ void produce_a(SharedStorage<Cfg>& smem, const TrilinearParams& p, const TrilinearJob& job,
+                                          const CUtensorMap& map) {
+  const Schedule<Cfg::kAlone, Cfg::kInCluster> schedule(job);
+  Ring<Cfg::kStagesOfA> ring;
+  for (int index = schedule.first(); index < schedule.count(p); index = schedule.after(index, p)) {
+    const Item item = schedule.item(p, job, index, Cfg::kSlice);
+    if (!item.is_valid) break;
+    for (int step = 0; step < item.num_chunks; ++step, ring.advance()) {
+      const uint32_t full = shared_address(&smem.full_a[ring.stage]);
+      ptx::mbarrier_wait(shared_address(&smem.empty_a[ring.stage]), ring.parity ^ 1);
+      if (threadIdx.x % 32 != 0) continue;
+      ptx::mbarrier_arrive_expect(full, Cfg::TileA::kBytes);
+      load_tile_shared<typename Cfg::TileA>(shared_address(&smem.a[ring.stage]), &map, full,
+                                            item.box(item.chunk_at(step)), schedule.rank(), schedule.cluster);
     }
   }
 }
@@ -194,6 +244,7 @@ __device__ __forceinline__ void write_outputs(SharedStorage<Cfg>& smem, const Tr
   const bool is_packed = p.cu_seqlens.data != nullptr;
   const float inter = static_cast<float>(job.inter), intra = static_cast<float>(job.intra);
   Ring<Cfg::kStages> ring;
+  Ring<Cfg::kStagesOfA> ring_of_a;
   Ring<Cfg::kStateBuffers> state_ring;
   for (int index = schedule.first(); index < schedule.count(p); index = schedule.after(index, p)) {
     const Item item = schedule.item(p, job, index, Cfg::kSlice);
@@ -205,8 +256,11 @@ __device__ __forceinline__ void write_outputs(SharedStorage<Cfg>& smem, const Tr
     ptx::named_barrier_sync(kOutputWarps, 128);
 
     Accumulators<kChunk / 2> scores;
+    HeldRows<typename Cfg::TileA> held;
+    if constexpr (Cfg::kHoldsA) take_a(held, smem, ring_of_a, me);
     ptx::mbarrier_wait(shared_address(&smem.full[ring.stage]), ring.parity);
-    issue_scores<T>(scores, smem.stages[ring.stage].a, smem.stages[ring.stage].b);
+    issue_scores<T>(scores, rows_of_a(held, smem.stages[ring.stage]), smem.stages[ring.stage].b);
+    if constexpr (Cfg::kHoldsA) give_back_a(smem, ring_of_a, schedule.cluster, me);
     ptx::wgmma_wait<0>();
     ptx::pin_registers(scores);
     for (int step = 0; step < item.num_chunks; ++step) {
@@ -214,7 +268,7 @@ __device__ __forceinline__ void write_outputs(SharedStorage<Cfg>& smem, const Tr
       const int stage = ptx::uniform(ring.stage), state = ptx::uniform(state_ring.stage);
       Accumulators<Cfg::kSlice / 2> out;
       ptx::mbarrier_wait(shared_address(&smem.state_full[state]), state_ring.parity);
-      issue_inter<T, tile::RowsOperand>(out, smem.stages[stage].a, smem.state[state]);
+      issue_inter<T, tile::RowsOperand>(out, rows_of_a(held, smem.stages[stage]), smem.state[state]);
       uint32_t masked[kChunk / 16][4];
       mask_scores<T, false>(masked, masked, scores, smem.weights, me);
       const int row = me.warp * 16 + me.group;
@@ -237,9 +291,14 @@ __device__ __forceinline__ void write_outputs(SharedStorage<Cfg>& smem, const Tr
       // serialised.
       ring.advance();
       const bool has_next = step + 1 < item.num_chunks;
-      if (has_next) ptx::mbarrier_wait(shared_address(&smem.full[ring.stage]), ring.parity);
+      if (has_next) {
+        if constexpr (Cfg::kHoldsA) take_a(held, smem, ring_of_a, me);
+        ptx::mbarrier_wait(shared_address(&smem.full[ring.stage]), ring.parity);
+      }
       const Stage<Cfg>& next = smem.stages[ptx::uniform(has_next ? ring.stage : stage)];
-      issue_scores<T>(scores, next.a, next.b);
+      issue_scores<T>(scores, rows_of_a(held, next), next.b);
+      if constexpr (Cfg::kHoldsA)
+        if (has_next) give_back_a(smem, ring_of_a, schedule.cluster, me);
       ptx::wgmma_wait<1>();
       ptx::pin_registers(out);
       if (has_next) release_stage<Cfg::kTileA>(smem.empty[stage], schedule.cluster, me.lane);
@@ -316,11 +375,11 @@ __device__ __forceinline__ void write_both_outputs(SharedStorage<Cfg>& smem, con
       ptx::mbarrier_wait(shared_address(&smem.full[ring.stage]), ring.parity);
       const Stage<Cfg>& stage = smem.stages[ptx::uniform(ring.stage)];
       const int state = ptx::uniform(state_ring.stage);
-      issue_scores<T>(scores, stage.a, stage.b);
+      issue_scores<T>(scores, rows_operand(stage.a[0]), stage.b);
       ptx::mbarrier_wait(shared_address(&smem.state_full[state]), state_ring.parity);
-      issue_inter<T, tile::RowsOperand>(out, stage.a, smem.state[state]);
-      issue_scores<T>(second_scores, stage.second_a[0], stage.c);
-      issue_inter<T, tile::ColumnsOperand>(second_out, stage.second_a[0], smem.state[state]);
+      issue_inter<T, tile::RowsOperand>(out, rows_operand(stage.a[0]), smem.state[state]);
+      issue_scores<T>(second_scores, rows_operand(stage.second_a[0]), stage.c);
+      issue_inter<T, tile::ColumnsOperand>(second_out, rows_operand(stage.second_a[0]), smem.state[state]);
       receive(scores, second_scores, item.chunk_at(0), state, true);
     }
     for (int step = 0; step < item.num_chunks; ++step) {
@@ -341,16 +400,16 @@ __device__ __forceinline__ void write_both_outputs(SharedStorage<Cfg>& smem, con
       if (has_next) ptx::mbarrier_wait(shared_address(&smem.full[ring.stage]), ring.parity);
       const Stage<Cfg>& next = smem.stages[ptx::uniform(has_next ? ring.stage : stage_idx)];
       Accumulators<kChunk / 2> scores, second_scores;
-      issue_scores<T>(scores, next.a, next.b);
+      issue_scores<T>(scores, rows_operand(next.a[0]), next.b);
       ptx::wgmma_wait<1>();
       ptx::pin_registers(second_out);
       if (has_next) release_stage<Cfg::kTileA>(smem.empty[stage_idx], schedule.cluster, me.lane);
       if (has_next) ptx::mbarrier_wait(shared_address(&smem.state_full[state_ring.stage]), state_ring.parity);
       const int next_state = ptx::uniform(has_next ? state_ring.stage : state);
-      issue_inter<T, tile::RowsOperand>(out, next.a, smem.state[next_state]);
+      issue_inter<T, tile::RowsOperand>(out, rows_operand(next.a[0]), smem.state[next_state]);
       stage_out<T>(smem.second_out, second_out, me);
-      issue_scores<T>(second_scores, next.second_a[0], next.c);
-      issue_inter<T, tile::ColumnsOperand>(second_out, next.second_a[0], smem.state[next_state]);
+      issue_scores<T>(second_scores, rows_operand(next.second_a[0]), next.c);
+      issue_inter<T, tile::ColumnsOperand>(second_out, rows_operand(next.second_a[0]), smem.state[next_state]);
       ptx::fence_proxy_async();
       store_staged<T>(smem.out, maps[0].out, first, item, chunk, is_packed, me);
       store_staged<T>(smem.second_out, maps[1].out, second, item, chunk, is_packed, me);
@@ -433,6 +492,10 @@ __device__ __forceinline__ void init_barriers(SharedStorage<Cfg>& smem, int clus
     ptx::mbarrier_init(shared_address(&smem.tail[i]), 1);
     ptx::mbarrier_init(shared_address(&smem.empty[i]), releases_of<Cfg::kTileA>(kConsumerWarps, cluster));
   }
+  for (int i = 0; i < Cfg::kStagesOfA; ++i) {
+    ptx::mbarrier_init(shared_address(&smem.full_a[i]), 1);
+    ptx::mbarrier_init(shared_address(&smem.empty_a[i]), releases_of<Cfg::kTileA>(kWarpsOfRole, cluster));
+  }
   for (int i = 0; i < Cfg::kStateBuffers; ++i) {
     ptx::mbarrier_init(shared_address(&smem.state_full[i]), kWarpsOfRole);
     ptx::mbarrier_init(shared_address(&smem.state_empty[i]), kWarpsOfRole);
@@ -448,6 +511,8 @@ __device__ __forceinline__ void run_roles(SharedStorage<Cfg>& smem, const Trilin
   if (role == 0) {
     ptx::registers_release<Cfg::kProducerRegisters>();
     if (threadIdx.x < 32) produce<Cfg>(smem, p, job, job_maps);
+    if constexpr (Cfg::kHoldsA)
+      if (threadIdx.x / 32 == 1) produce_a<Cfg>(smem, p, job, job_maps->a);
   } else if (role == 1) {
     ptx::registers_acquire<Cfg::kOutputRegisters>();
     if constexpr (Cfg::kBoth) {

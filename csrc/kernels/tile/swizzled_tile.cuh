@@ -30,6 +30,7 @@ struct SwizzledTile {
 template <class Tile>
 struct RowsOperand {
   static constexpr ptx::Major kMajor = ptx::Major::kK;
+  static constexpr int kSteps = Tile::kCols / 16;
   uint64_t descriptor;
   // From `row` on, a multiple of 8.
   __device__ __forceinline__ explicit RowsOperand(uint32_t tile, int row = 0)
