@@ -215,7 +215,10 @@ def test_any_problem_text_is_a_problem_or_a_sentence(core, text):
         ("passes=2", "LA2_PLAN: passes is '2', expected 1 or 3"),
         ("passes=1,segments=64", "cut so that all blocks are resident"),
         ("segments=0", "LA2_PLAN: segments is '0', expected a positive whole number"),
-        ("chunk=64", "LA2_PLAN: unknown key 'chunk', expected family, slice, segments, cluster, blocks, passes or pieces"),
+        (
+            "chunk=64",
+            "LA2_PLAN: unknown key 'chunk', expected family, slice, segments, cluster, blocks, passes or pieces",
+        ),
     ],
 )
 def test_forced_plans_that_cannot_be(core, forced, sentence):

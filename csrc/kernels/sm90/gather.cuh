@@ -133,7 +133,7 @@ __device__ __forceinline__ void gather(GatherStorage<Cfg>& smem, const Trilinear
                                     update, me);
       constexpr int kAtOnce = Cfg::kSplit || Cfg::kTileA > 128 ? 32 : 64;
       update_rows<T, Cfg::kSplit, kAtOnce>(z, weighted, rest, stage.b, powers.ascending()[rows]);
-      release_stage<Cfg::kTileA>(smem.empty[ring.stage], schedule.cluster, me.lane);
+      release_stage(smem.empty[ring.stage], schedule.cluster, me.lane);
     }
     if (p.states_alone) {
       store_state<!Cfg::kSplit>(z, job.final, item, gatherer * 64, job.dim_a, cols(), me);
@@ -156,7 +156,7 @@ __device__ __forceinline__ void init_barriers(GatherStorage<Cfg>& smem, int clus
   for (int i = 0; i < Cfg::kStages; ++i) {
     ptx::mbarrier_init(shared_address(&smem.full[i]), 1);
     ptx::mbarrier_init(shared_address(&smem.tail[i]), 1);
-    ptx::mbarrier_init(shared_address(&smem.empty[i]), releases_of<Cfg::kTileA>(4 * Cfg::kGatherers, cluster));
+    ptx::mbarrier_init(shared_address(&smem.empty[i]), 4 * Cfg::kGatherers * cluster);
   }
   ptx::mbarrier_init_fence();
 }

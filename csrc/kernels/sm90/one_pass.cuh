@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(Base::kThreads, 1)
   __syncthreads();
   if (threadIdx.x == 0) {
     invalidate_barriers(smem.gather);
-    init_barriers(smem.main, 1);
+    init_barriers(smem.main, p, 1);
   }
   grid.sync();
   if (combines) {

@@ -231,31 +231,20 @@ __device__ __forceinline__ float largest_of_warp(const Accumulators<kRegs>& z, f
   return largest;
 }
 
-// What a warp that is done with a stage does at `empty` of its own block: one lane arrives for all. racecheck does not
-// follow that and reports the reads of the others against a tail that is cleared later, in the tile whose two stages
-// come round so soon: there all lanes arrive (../DESIGN.md).
-template <int kTileA>
-constexpr int kReleases = kTileA > 128 ? 32 : 1;
-
-// Arrivals of `warps` warps in each block of a cluster.
-template <int kTileA>
-__device__ __forceinline__ int releases_of(int warps, int cluster) {
-  return warps * (kReleases<kTileA> + cluster - 1);
-}
-template <int kTileA>
+// This warp is done with a stage: one lane arrives for all.
 __device__ __forceinline__ void release_stage(uint64_t& empty, int cluster, int lane) {
   __syncwarp();
-  if constexpr (kReleases<kTileA> == 1) {
-    if (cluster == 1) {
-      if (lane == 0) ptx::mbarrier_arrive(shared_address(&empty));
-    } else if (lane < cluster) {
-      ptx::mbarrier_arrive_remote(shared_address(&empty), lane);
-    }
-  } else {
-    ptx::mbarrier_arrive(shared_address(&empty));
-    if (lane < cluster && lane != static_cast<int>(ptx::cluster_rank()))
-      ptx::mbarrier_arrive_remote(shared_address(&empty), lane);
+  if (cluster == 1) {
+    if (lane == 0) ptx::mbarrier_arrive(shared_address(&empty));
+  } else if (lane < cluster) {
+    ptx::mbarrier_arrive_remote(shared_address(&empty), lane);
   }
+}
+// The same with 31 arrivals more in its own block.
+__device__ __forceinline__ void release_stage_by_all(uint64_t& empty, int cluster, int lane) {
+  ptx::mbarrier_arrive(shared_address(&empty));
+  if (lane < cluster && lane != static_cast<int>(ptx::cluster_rank()))
+    ptx::mbarrier_arrive_remote(shared_address(&empty), lane);
 }
 
 }  // namespace la2::sm90
