@@ -55,12 +55,13 @@ struct PieceSchedule : Schedule<kAlone> {
   }
 };
 
-// The steps of a piece. The last segment of a sequence is left out, nobody needs its state; of the others, what decay
-// leaves nothing of. Nothing is where the states are the result.
 static_assert(kChunk == simt::kWindowChunk);
+
 struct Steps {
   int begin, end;
 };
+// The steps of a piece. The last segment of a sequence is left out, nobody needs its state; of the others, what decay
+// leaves nothing of. Nothing is where the states are the result.
 __device__ inline Steps steps_of(const TrilinearParams& p, const Item& item, int piece) {
   if (p.states_alone) return {0, item.num_chunks};
   if (item.is_last) return {0, 0};
@@ -139,7 +140,8 @@ __device__ __forceinline__ void gather(GatherStorage<Cfg>& smem, const Trilinear
       store_state<!Cfg::kSplit>(z, job.final, item, gatherer * 64, job.dim_a, cols(), me);
     } else if (gatherer * 64 < cols()) {
       const int piece = schedule.piece(p, ptx::opaque(index));  // as cols
-      if (piece > 0)                                            // it is whole chunks from the end
+      // Behind it are whole chunks.
+      if (piece > 0)
         scale(z,
               rounded_decay_power(simt::slope_of<float>(p, item.sequence, item.head), piece * p.piece_chunks * kChunk));
       const int place = item.unit + piece * static_cast<int>(p.num_units);

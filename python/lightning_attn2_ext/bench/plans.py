@@ -29,6 +29,7 @@ PLANS = (
     "family=sm90,segments=1",
     *(f"family=sm90,segments={n},passes=3" for n in (2, 4, 8, 16)),
     *(f"segments={n},passes=1" for n in (2, 4, 8, 16)),
+    *(f"family=sm90,segments=8,passes=3,pieces={n}" for n in (1, 2, 4)),
     "family=sm80",
 )
 
