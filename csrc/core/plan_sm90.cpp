@@ -73,12 +73,13 @@ constexpr int64_t kLongestWindow = 111, kMeanWindow = 24;
 
 // Forward, segments are gathered in pieces, so that the flattest head, whose window is the longest, is shared out among
 // SMs that others have left. Neither short nor many: each is a state more to write and to read, which without decay is
-// all that there is to it. Gradients gained nothing (csrc/kernels/DESIGN.md). Not in extend, where the bits of a
-// request would then depend on how many tokens the others bring.
+// all that there is to it. Gradients gained nothing (csrc/kernels/DESIGN.md), packed calls were not measured. Not in
+// extend, where the bits of a request would then depend on how many tokens the others bring.
 constexpr int64_t kPieceChunks = 16, kMostPieces = 4;
 
 void set_pieces(const Problem& p, const Forced& forced, Plan* plan) {
-  if (p.is_extend || (p.backward && forced.pieces == 0)) return;
+  const bool is_worth_it = !p.backward && (!p.packed || p.num_seqs == 1);
+  if (p.is_extend || (forced.pieces == 0 && !is_worth_it)) return;
   const int64_t chunks = plan->segment_len / kChunk;
   const int64_t wanted = forced.pieces != 0 ? forced.pieces : std::min(kMostPieces, chunks / kPieceChunks);
   plan->piece_chunks = ceil_div(chunks, std::clamp<int64_t>(wanted, 1, std::min(chunks, kMaxSegments)));

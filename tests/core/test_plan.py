@@ -246,6 +246,23 @@ def test_few_heads_go_in_one_pass(core):
     assert not plan.in_one_pass and plan.family == core.Family.sm90
 
 
+def test_long_segments_are_gathered_in_pieces(core):
+    """Out alone, of sequences that are not packed, unless pieces are forced; never in extend or in one pass."""
+    device = core.device("sm_90x132")
+
+    def pieces(text, forced="passes=3", is_extend=False):
+        problem = core.problem(f"1,8,{text}")
+        problem.is_extend = is_extend
+        return core.plan(problem, device, forced).num_pieces
+
+    long = "32768,128,128,bf16"
+    assert pieces(long) == pieces(f"{long},packed=1") == 4
+    assert pieces(f"{long},backward") == pieces(f"{long},packed=20") == 1
+    assert pieces(f"{long},backward", "segments=4,pieces=3") == pieces(f"{long},packed=20", "segments=4,pieces=3") == 3
+    assert pieces(long, "segments=4,pieces=3", is_extend=True) == 1
+    assert pieces("4096,128,128,bf16", "passes=1,pieces=2") == 1
+
+
 def test_short_calls_take_the_kernels_that_start_soonest(core):
     """On Hopper the portable ones (csrc/kernels/DESIGN.md), where no plan of the others was forced."""
     device = core.device("sm_90x132")
