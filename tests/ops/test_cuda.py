@@ -122,6 +122,19 @@ def test_neighbours_of_packed_sequences_do_not_leak(monkeypatch):
     assert torch.equal(got[1][1], want[1][0])
 
 
+@needs_hopper
+@pytest.mark.parametrize("dims", ((128, 128), (256, 256)), ids=plan_id)
+def test_turns_at_packed_sequences_of_a_chunk(monkeypatch, dims):
+    """The two blocks of a cluster take turns at sequences that all end within a chunk, each at its own pace."""
+    monkeypatch.setenv("LA2_PLAN", "family=sm90,slice=64,cluster=2,blocks=1")
+    lengths = tuple(7 * i % 65 for i in range(200))
+    x = Case(heads=2, lengths=lengths, key_dim=dims[0], value_dim=dims[1], dtype=BF16).make(CUDA)
+    got = run(x, need_dslope=False)
+    check(x, got)
+    for _ in range(20):
+        assert_equal([t for t in run(x, need_dslope=False) if t is not None], [t for t in got if t is not None])
+
+
 @pytest.mark.parametrize("expanded", ("k", "v", "grad_out"))
 def test_expanded_operands(expanded):
     """One head's rows for all heads: a stride of 0, which the copy engine's maps do not promise to take."""
