@@ -80,8 +80,8 @@ struct TrilinearParams {
   // a unit the state that leaves it (and enters the next one).
   int64_t local_floats;
   // In that order a segment's state may come in pieces, so that long walks are shared out: what piece 0, its last
-  // piece_chunks chunks in the order of the sweep, adds to the state that leaves the segment; piece 1, those before; and
-  // so on, the last one all that is left. Piece p is num_units p states further on. Sums replace piece 0.
+  // piece_chunks chunks in the order of the sweep, adds to the state that leaves the segment; piece 1, those before;
+  // and so on, the last one all that is left. Piece p is num_units p states further on. Sums replace piece 0.
   int32_t num_pieces, piece_chunks;
   const UnitEntry* units;  // [num_units], packed sequences: this table says what is where, not cu_seqlens
   // The state pass walks whole sequences (one segment each) from job.initial to job.final, and makes no outputs.
