@@ -240,7 +240,8 @@ __device__ __forceinline__ void release_stage(uint64_t& empty, int cluster, int 
     ptx::mbarrier_arrive_remote(shared_address(&empty), lane);
   }
 }
-// The same with 31 arrivals more in its own block.
+// The same with 31 arrivals more in its own block. Lanes need not meet: what the other blocks overwrite is read by
+// wgmma alone, for which the warp has waited as one.
 __device__ __forceinline__ void release_stage_by_all(uint64_t& empty, int cluster, int lane) {
   ptx::mbarrier_arrive(shared_address(&empty));
   if (lane < cluster && lane != static_cast<int>(ptx::cluster_rank()))
