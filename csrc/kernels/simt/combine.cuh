@@ -2,8 +2,9 @@
 //
 //   Z_in(first) = initial        Z_in(next) = lambda^len(g) Z_in(g) + local(g)
 //
-// with the segments g in the order of the sweep. In place: element by element, local(g) gives way to Z_in(g); opaque
-// states (params.local_floats), whose first one contains `initial`, to Z_in(next).
+// with the segments g in the order of the sweep; local(g) may be the sum of several pieces (params.num_pieces). In
+// place: element by element, local(g) gives way to Z_in(g); opaque states (params.local_floats), whose first one
+// contains `initial`, to Z_in(next).
 #pragma once
 
 #include "../../core/decay.h"

@@ -1,4 +1,5 @@
-// Which rows a unit stands for. Every kernel of the trilinear form, of any family, takes its work from here.
+// Which rows a unit stands for, and what of them its local state needs. Every kernel of the trilinear form, of any
+// family, takes its work from here.
 #pragma once
 
 #include <stdint.h>
@@ -127,9 +128,10 @@ __device__ inline T slope_of(const TrilinearParams& params, int64_t sequence, in
   return static_cast<const T*>(slope.data)[sequence * slope.stride_s + head * slope.stride_h];
 }
 
+constexpr int kWindowChunk = 64;  // of the family whose state pass has windows and pieces
+
 // Chunks back from a segment's end (in the order of the sweep) that its local state needs: what is further back has
 // decayed under 2^-40, which no result of 16 bits can show unless inputs differ by more than 2^30 in magnitude.
-constexpr int kWindowChunk = 64;  // of the family whose state pass has windows and pieces
 __device__ inline int window_chunks(float slope, int num_chunks) {
   constexpr float kNatsOfWindow = 40 * 0.6931472f;
   const float chunks = kNatsOfWindow / (slope * kWindowChunk) + 1;
