@@ -18,7 +18,7 @@ struct Sm90Cost {
   double out, gradient, state_only, state_only_split;
 };
 constexpr Sm90Cost kTrilinear[] = {
-    {64, 64, 0.87, 1.12, 0.43, 0.46},   {64, 128, 1.13, 1.30, 0.54, 0.70}, {128, 64, 1.02, 1.30, 0.51, 0.60},
+    {64, 64, 0.62, 1.12, 0.43, 0.46},   {64, 128, 1.13, 1.30, 0.54, 0.70}, {128, 64, 0.86, 1.30, 0.51, 0.60},
     {128, 128, 1.38, 1.60, 0.64, 0.97}, {192, 64, 1.20, 1.75, 0.60, 1.09}, {256, 64, 1.50, 2.60, 0.69, 1.58},
 };
 constexpr double kPair64 = 1.47, kPair128 = 3.19;  // dk and dv; one dim of 64 and one of 128: in between
@@ -33,7 +33,7 @@ constexpr double kTurnUs = 8.0;       // from one item of a block to its next
 constexpr double kDqUs = 7.2;         // of dq beside dk and dv, where a quarter of the SMs or more is left
 constexpr double kDqBehindUs = 20.0;  // of dq on the SMs of dk and dv, behind them
 constexpr double kBeside = 1.13;      // dk and dv while dq is computed on other SMs
-constexpr double kTogetherUs = 5.5;   // in one pass: blocks wait for each other
+constexpr double kTogetherUs = 7.8;   // in one pass: blocks wait for each other
 constexpr double kSegmentUs = 0.08;   // and walk what each segment gathered
 constexpr double kBytesInL2 = 40e6;   // of b and c, which the main pass then finds there
 constexpr int kBytes = 2;

@@ -7,8 +7,8 @@ namespace la2::sm90 {
 
 // ---- config
 
-// kTileA, kSlice, kSplit, kAlone: as of the trilinear kernel (trilinear.cuh). Each gatherer has 64 columns of the
-// slice.
+// kTileA, kSlice, kSplit, kAlone: as of the trilinear kernel (config.cuh). Each gatherer, a warpgroup, has 64 columns
+// of the slice; in one pass with the other kernels, where it has few registers, for 64 columns of b at a time.
 template <class T_, int kTileA_, int kSlice_, bool kSplit_, bool kAlone_ = false>
 struct GatherConfig {
   using T = T_;
@@ -16,7 +16,9 @@ struct GatherConfig {
   static constexpr bool kSplit = kSplit_, kAlone = kAlone_;
   using TileA = tile::SwizzledTile<T, kChunk, kTileA>;
   using TileC = tile::SwizzledTile<T, kChunk, kSlice>;
-  static constexpr int kGatherers = kSlice / 64;
+  static constexpr int kColsOfB = kAlone && kTileA > 64 ? 64 : kTileA;  // of a gatherer
+  static constexpr int kGatherersOfC = kSlice / 64;
+  static constexpr int kGatherers = kGatherersOfC * (kTileA / kColsOfB);
   static constexpr int kThreads = 128 * (1 + kGatherers);
   static constexpr int kStagesThatFit = 208 * 1024 / (TileA::kBytes + TileC::kBytes);
   static constexpr int kStages = kStagesThatFit < 6 ? kStagesThatFit : 6;
@@ -101,7 +103,7 @@ __device__ __forceinline__ void produce(GatherStorage<Cfg>& smem, const Trilinea
   }
 }
 
-// 64 columns of the slice, from zero (the first segment of a sequence: from its initial state), to job.local.
+// A gatherer's part of the state, from zero (the first segment of a sequence: from its initial state), to job.local.
 template <class Cfg>
 __device__ __forceinline__ void gather(GatherStorage<Cfg>& smem, const TrilinearParams& p, const TrilinearJob& job,
                                        int gatherer) {
@@ -109,6 +111,9 @@ __device__ __forceinline__ void gather(GatherStorage<Cfg>& smem, const Trilinear
   const PieceSchedule<Cfg::kAlone> schedule(job);
   const WarpgroupLane me;
   const float update = static_cast<float>(job.update);
+  constexpr bool kHasAllOfB = Cfg::kColsOfB == Cfg::kTileA;
+  const int block = kHasAllOfB ? gatherer : gatherer % Cfg::kGatherersOfC;
+  const int first_of_b = kHasAllOfB ? 0 : gatherer / Cfg::kGatherersOfC * Cfg::kColsOfB;
   tile::Decay<kChunk>& powers = smem.powers[gatherer];
   Ring<Cfg::kStages> ring;
   for (int index = schedule.first(); index < schedule.count(p); index = schedule.after(index, p)) {
@@ -121,31 +126,31 @@ __device__ __forceinline__ void gather(GatherStorage<Cfg>& smem, const Trilinear
     ptx::named_barrier_sync(1 + gatherer, 128);
     // Opaque: computed where it is used, else it would have no register.
     auto cols = [&] { return ptx::opaque(job.dim_c) - item.first_col; };
-    Accumulators<Cfg::kTileA / 2> z;
+    Accumulators<Cfg::kColsOfB / 2> z;
     clear(z);
     if (item.is_first && steps.begin == 0)
-      load_state<!Cfg::kSplit>(z, job.initial, item, gatherer * 64, job.dim_a, cols(), me);
+      load_state<!Cfg::kSplit>(z, job.initial, item, block * 64, job.dim_a, cols(), me, first_of_b);
     for (int step = steps.begin; step < steps.end; ++step, ring.advance()) {
       const int rows = item.rows_of(item.chunk_at(step));
       const GatherStage<Cfg>& stage = smem.stages[ptx::uniform(ring.stage)];
       ptx::mbarrier_wait(shared_address(&smem.full[ring.stage]), ring.parity);
       uint32_t weighted[kChunk / 16][4], rest[kChunk / 16][4];
-      weigh_columns<T, Cfg::kSplit>(weighted, rest, stage.c, gatherer, token_weights(powers, job.reverse, rows, me),
+      weigh_columns<T, Cfg::kSplit>(weighted, rest, stage.c, block, token_weights(powers, job.reverse, rows, me),
                                     update, me);
       constexpr int kAtOnce = Cfg::kSplit || Cfg::kTileA > 128 ? 32 : 64;
-      update_rows<T, Cfg::kSplit, kAtOnce>(z, weighted, rest, stage.b, powers.ascending()[rows]);
+      update_rows<T, Cfg::kSplit, kAtOnce>(z, weighted, rest, stage.b, powers.ascending()[rows], first_of_b);
       release_stage(smem.empty[ring.stage], schedule.cluster, me.lane);
     }
-    if (p.states_alone) {
-      store_state<!Cfg::kSplit>(z, job.final, item, gatherer * 64, job.dim_a, cols(), me);
-    } else if (gatherer * 64 < cols()) {
+    if (!Cfg::kAlone && p.states_alone) {
+      store_state<!Cfg::kSplit>(z, job.final, item, block * 64, job.dim_a, cols(), me);
+    } else if (block * 64 < cols()) {
       const int piece = schedule.piece(p, ptx::opaque(index));  // as cols
       // Behind it are whole chunks.
       if (piece > 0)
         scale(z,
               rounded_decay_power(simt::slope_of<float>(p, item.sequence, item.head), piece * p.piece_chunks * kChunk));
       const int place = item.unit + piece * static_cast<int>(p.num_units);
-      store_fragment(z, fragment_of<Cfg::kTileA>(job, item, place, gatherer, me));
+      store_fragment(z, fragment_of<Cfg::kTileA>(job, item, place, block, me) + first_of_b / 8 * 128);
     }
   }
 }

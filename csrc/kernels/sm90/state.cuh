@@ -19,15 +19,17 @@ __device__ __forceinline__ void scale(Accumulators<kRegs>& z, float factor) {
 
 // Z^T = lambda^C Z^T + (weighted c)^T b for 64 columns of c. The chunk is summed from zero: a tensor core cuts off what
 // it adds to a larger sum, always towards zero, and without decay a state grows from chunk to chunk; the addition to Z
-// rounds (../DESIGN.md). kAtOnce: accumulators of a sum, as the registers allow.
+// rounds (../DESIGN.md). kAtOnce: accumulators of a sum, as the registers allow. first_col: of b, whose columns from
+// there on are Z's.
 template <class T, bool kSplit, int kAtOnce, class Tile, int kRegs>
 __device__ __forceinline__ void update_rows(Accumulators<kRegs>& z, const uint32_t (&weighted)[kChunk / 16][4],
                                             const uint32_t (&rest)[kChunk / 16][4], const Tile& b_tile,
-                                            float lambda_rows) {
+                                            float lambda_rows, int first_col = 0) {
   constexpr int kPart = kRegs < kAtOnce ? kRegs : kAtOnce;
 #pragma unroll
   for (int part = 0; part < kRegs / kPart; ++part) {
-    const tile::ColumnsOperand<Tile> b(shared_address(&b_tile) + part * (kPart / 32) * Tile::kBlockBytes);
+    const tile::ColumnsOperand<Tile> b(shared_address(&b_tile) +
+                                       (first_col / 64 + part * (kPart / 32)) * Tile::kBlockBytes);
     Accumulators<kPart> sum;
     ptx::pin_registers(sum);
     ptx::wgmma_fence();
@@ -42,6 +44,23 @@ __device__ __forceinline__ void update_rows(Accumulators<kRegs>& z, const uint32
 #pragma unroll
     for (int i = 0; i < kPart; ++i) z[part * kPart + i] = fmaf(z[part * kPart + i], lambda_rows, sum[i]);
   }
+}
+
+// The same in two steps: the chunk's sum, issued, and its addition to Z.
+template <class T, class Tile, int kRegs>
+__device__ __forceinline__ void issue_update(Accumulators<kRegs>& sum, const uint32_t (&weighted)[kChunk / 16][4],
+                                             const Tile& b_tile) {
+  const tile::ColumnsOperand<Tile> b(shared_address(&b_tile));
+  ptx::pin_registers(sum);
+  ptx::wgmma_fence();
+#pragma unroll
+  for (int k = 0; k < kChunk / 16; ++k) ptx::wgmma<T, ptx::Major::kMN>(sum, weighted[k], b.step(k), k != 0);
+  ptx::wgmma_commit();
+}
+template <int kRegs>
+__device__ __forceinline__ void add_update(Accumulators<kRegs>& z, float lambda_rows, const Accumulators<kRegs>& sum) {
+#pragma unroll
+  for (int i = 0; i < kRegs; ++i) z[i] = fmaf(z[i], lambda_rows, sum[i]);
 }
 
 // 64 rows of Z^T [64 columns of Dc, Da], from column `first_col` of the item's slice on, from and to a state [Da, Dc]
@@ -64,16 +83,18 @@ __device__ __forceinline__ void for_each_state_element(Accumulators<kRegs>& z, E
   }
 }
 // kPool: the state may be one of a pool (State::slots, is_bf16); gradients' are not, and have no registers for it.
+// first_row: of Da, where z holds what lies from there on.
 template <bool kPool, int kRegs>
 __device__ __forceinline__ void load_state(Accumulators<kRegs>& z, const State& s, const Item& item, int first_col,
-                                           int dim_a, int cols, const WarpgroupLane& me) {
+                                           int dim_a, int cols, const WarpgroupLane& me, int first_row = 0) {
   if (s.data == nullptr) return;
   const int64_t slot = kPool ? simt::slot_of(s, item.state) : item.sequence;
   if (slot < 0) return;
-  const int64_t offset = slot * s.stride_s + item.head * s.stride_h + (item.first_col + first_col) * s.stride_e;
+  const int64_t offset =
+      slot * s.stride_s + item.head * s.stride_h + first_row * s.stride_d + (item.first_col + first_col) * s.stride_e;
   simt::with_state_type<float>(kPool && s.is_bf16, [&](auto element_in_memory) {
     using Stored = decltype(element_in_memory);
-    for_each_state_element(z, static_cast<const Stored*>(s.data) + offset, s.stride_d, s.stride_e, dim_a,
+    for_each_state_element(z, static_cast<const Stored*>(s.data) + offset, s.stride_d, s.stride_e, dim_a - first_row,
                            cols - first_col, me,
                            [](float& element, const Stored* stored) { element = simt::to_acc(*stored); });
   });

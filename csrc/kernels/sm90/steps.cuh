@@ -208,6 +208,45 @@ __device__ __forceinline__ const float* token_weights(const tile::Decay<kChunk>&
                                                       const WarpgroupLane& me) {
   return decay.against(reverse) + (me.pair * 2 + (reverse ? 1 : 1 - rows));
 }
+// A lane's weights of a chunk's tokens, `factor` in them, in registers: they are those of the chunk before as long as
+// chunks are whole.
+struct HeldWeights {
+  float token[kChunk / 16][4];
+  int rows = -1;
+
+  __device__ __forceinline__ void load(const tile::Decay<kChunk>& decay, bool reverse, int wanted_rows, float factor,
+                                       const WarpgroupLane& me) {
+    if (rows == wanted_rows) return;
+    rows = wanted_rows;
+    const float* from = token_weights(decay, reverse, rows, me);
+#pragma unroll
+    for (int k = 0; k < kChunk / 16; ++k)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) token[k][i] = factor * from[k * 16 + 8 * (i / 2) + i % 2];
+  }
+};
+
+// weigh_columns in two steps, of 64 columns, so that the reads can come long before: the columns, and their weights.
+template <class Tile>
+__device__ __forceinline__ void load_columns(uint32_t (&c)[kChunk / 16][4], const Tile& c_tile,
+                                             const WarpgroupLane& me) {
+  const auto values = tile::swizzled_units_first<Tile>(shared_address(&c_tile), 0, 2 * me.warp, me.lane);
+#pragma unroll
+  for (int k = 0; k < kChunk / 16; ++k) ptx::ldmatrix_x4_trans(c[k], values.at(k * 16, 0));
+}
+template <class T>
+__device__ __forceinline__ void weigh_columns(uint32_t (&weighted)[kChunk / 16][4], const uint32_t (&c)[kChunk / 16][4],
+                                              const HeldWeights& weights) {
+#pragma unroll
+  for (int k = 0; k < kChunk / 16; ++k)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 value = tile::unpack<T>(c[k][i]);
+      const float* weight = &weights.token[k][i / 2 * 2];
+      weighted[k][i] = tile::pack<T>(value.x * weight[0], value.y * weight[1]);
+    }
+}
+
 // The weight of row `row` of out: inter lambda^n, n = i + 1 (reverse: rows - 1 - i; rows behind the end: any).
 __device__ __forceinline__ float row_weight(const Weights& weights, bool reverse, int rows, int row) {
   return weights.row[reverse ? max(rows - 1 - row, 0) : row + 1];
