@@ -36,6 +36,9 @@ constexpr double kBeside = 1.13;      // dk and dv while dq is computed on other
 constexpr double kTogetherUs = 7.8;   // in one pass: blocks wait for each other
 constexpr double kSegmentUs = 0.08;   // and walk what each segment gathered
 constexpr double kBytesInL2 = 40e6;   // of b and c, which the main pass then finds there
+// Packed, what an item costs a block beside its chunks, forward and in extend (which brings states in and out), by
+// slice: fitted to 28 plans (csrc/kernels/DESIGN.md, "extend"). Gradients were not measured.
+constexpr double kPackedItemUs64 = 2.0, kPackedItemUs128 = 8.0, kExtendItemUs64 = 6.0, kExtendItemUs128 = 14.0;
 constexpr int kBytes = 2;
 constexpr int64_t kMostTurns = 1000;  // blocks of a launch for each that is resident
 
@@ -120,9 +123,15 @@ std::vector<Walk> walks_of(const Problem& p, const Plan& plan) {
   return walks;
 }
 
-// A launch of `width` blocks for each unit and head, which moves `bytes`.
+double packed_item_us(const Problem& p, int slice) {
+  if (p.backward) return 0;
+  if (p.is_extend) return slice == 64 ? kExtendItemUs64 : kExtendItemUs128;
+  return slice == 64 ? kPackedItemUs64 : kPackedItemUs128;
+}
+
+// A launch of `width` blocks for each unit and head, which moves `bytes`. item_us: packed_item_us of the main pass.
 double launch_us(const DeviceProps& device, const Walk& walk, int64_t width, int cluster, double share, double chunk_us,
-                 double bytes) {
+                 double bytes, double item_us = 0) {
   const double resident = static_cast<double>(resident_blocks(device, cluster));
   const double items = static_cast<double>(walk.units * width) * share;
   const double chunks = static_cast<double>(walk.chunks);
@@ -130,7 +139,7 @@ double launch_us(const DeviceProps& device, const Walk& walk, int64_t width, int
                                       : std::ceil(items / resident) * chunks;
   const double busy = std::min(1.0, items / resident);
   const double walking = std::max(steps, chunks) * chunk_us * (1 + kBusy * busy), copying = bytes / (kGBs * 1e3);
-  const double turns = walk.is_packed ? 0 : kTurnUs * (std::ceil(items / resident) - 1);
+  const double turns = walk.is_packed ? item_us * items / resident : kTurnUs * (std::ceil(items / resident) - 1);
   // Not quite the longer of the two: where they are alike, each waits for the other now and then.
   return std::pow(std::pow(walking + std::max(turns, 0.0), 8) + std::pow(copying, 8), 1.0 / 8);
 }
@@ -214,7 +223,7 @@ Status plan_sm90(const Problem& p, const DeviceProps& device, const Forced& forc
         const double bytes = rows * jobs * 2 * static_cast<double>(dim_a + dim_c);
         us += mean_us(walks, [&](const Walk& walk) {
           return launch_us(device, walk, ceil_div(slices, cluster) * cluster * jobs, cluster, 1,
-                           p.backward ? cost->gradient : cost->out, bytes);
+                           p.backward ? cost->gradient : cost->out, bytes, packed_item_us(p, wanted_slice));
         });
         return true;
       };
