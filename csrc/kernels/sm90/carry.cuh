@@ -72,6 +72,16 @@ __device__ __forceinline__ void load_entering(StateAccumulators<Cfg>& z, const T
     }
   }
 }
+// The powers of an item's decay, and its Z.
+template <class Cfg>
+__device__ __forceinline__ void take_up(StateAccumulators<Cfg>& z, SharedStorage<Cfg>& smem, const TrilinearParams& p,
+                                        const TrilinearJob& job, const Item& item, bool reverse,
+                                        const WarpgroupLane& me) {
+  ptx::named_barrier_sync(kStateWarps, 128);
+  smem.powers.fill(simt::slope_of<float>(p, item.sequence, item.head), ptx::opaque(threadIdx.x % 128), 128);
+  ptx::named_barrier_sync(kStateWarps, 128);
+  load_entering<Cfg>(z, job, item, reverse, me);
+}
 template <class Cfg>
 __device__ __forceinline__ void store_leaving(StateAccumulators<Cfg>& z, const TrilinearJob& job, const Item& item,
                                               const WarpgroupLane& me) {
@@ -117,12 +127,8 @@ __device__ __forceinline__ void carry_state(SharedStorage<Cfg>& smem, const Tril
   for (int index = schedule.first(); index < schedule.count(p); index = schedule.after(index, p)) {
     const Item item = schedule.item(p, job, index, Cfg::kSlice);
     if (!item.is_valid) break;
-    ptx::named_barrier_sync(kStateWarps, 128);
-    smem.powers.fill(simt::slope_of<float>(p, item.sequence, item.head), ptx::opaque(threadIdx.x % 128), 128);
-    ptx::named_barrier_sync(kStateWarps, 128);
-
     StateAccumulators<Cfg> z;
-    load_entering<Cfg>(z, job, item, reverse, me);
+    take_up<Cfg>(z, smem, p, job, item, reverse, me);
 
     const bool wants_state = job.final.data != nullptr && item.is_last;
     for (int step = 0; step < item.num_chunks; ++step, ring.advance()) {
@@ -159,12 +165,8 @@ __device__ __forceinline__ void carry_state_ahead(SharedStorage<Cfg>& smem, cons
   for (int index = schedule.first(); index < schedule.count(p); index = schedule.after(index, p)) {
     const Item item = schedule.item(p, job, index, Cfg::kSlice);
     if (!item.is_valid) break;
-    ptx::named_barrier_sync(kStateWarps, 128);
-    smem.powers.fill(simt::slope_of<float>(p, item.sequence, item.head), ptx::opaque(threadIdx.x % 128), 128);
-    ptx::named_barrier_sync(kStateWarps, 128);
-
     StateAccumulators<Cfg> z;
-    load_entering<Cfg>(z, job, item, reverse, me);
+    take_up<Cfg>(z, smem, p, job, item, reverse, me);
     const bool wants_state = job.final.data != nullptr && item.is_last;
     if (item.num_chunks > 0) {
       HeldWeights weights;

@@ -54,6 +54,27 @@ __device__ __forceinline__ float range_undo_of(const SharedStorage<Cfg>& smem, i
   return ptx::broadcast_shared(from);
 }
 
+// Masks the scores while a Z arrives in `out`, then gives the state back and weighs the rows of out.
+template <class Cfg>
+__device__ __forceinline__ void receive_inter(Accumulators<Cfg::kSlice / 2>& out, uint32_t (&masked)[kChunk / 16][4],
+                                              const Accumulators<kChunk / 2>& scores, SharedStorage<Cfg>& smem,
+                                              const Weights& weights, int state, bool reverse, int rows,
+                                              const WarpgroupLane& me) {
+  mask_scores<typename Cfg::T, false>(masked, masked, scores, weights, me);
+  const int row = me.warp * 16 + me.group;
+  float upper = row_weight(weights, reverse, rows, row), lower = row_weight(weights, reverse, rows, row + 8);
+  if constexpr (Cfg::kNeedsRange) {
+    const float undo = range_undo_of(smem, state);
+    upper *= undo;
+    lower *= undo;
+  }
+  ptx::wgmma_wait<0>();
+  ptx::pin_registers(out);
+  __syncwarp();
+  if (me.lane == 0) ptx::mbarrier_arrive(shared_address(&smem.state_empty[state]));
+  scale_rows(out, upper, lower);
+}
+
 // ---- roles
 
 // out = diag(inter lambda^n) a Z + (M . a b^T) c, chunk by chunk. The scores of the next chunk are issued before this
@@ -95,21 +116,8 @@ __device__ __forceinline__ void write_outputs(SharedStorage<Cfg>& smem, const Tr
       ptx::mbarrier_wait(shared_address(&smem.state_full[state]), state_ring.parity);
       issue_inter<T, tile::RowsOperand>(out, rows_of_a(held, smem.stages[stage]), smem.state[state]);
       uint32_t masked[kChunk / 16][4];
-      mask_scores<T, false>(masked, masked, scores, smem.weights[0], me);
-      const int row = me.warp * 16 + me.group;
-      float upper = row_weight(smem.weights[0], reverse, rows, row),
-            lower = row_weight(smem.weights[0], reverse, rows, row + 8);
-      if constexpr (Cfg::kNeedsRange) {
-        const float undo = range_undo_of(smem, state);
-        upper *= undo;
-        lower *= undo;
-      }
-      ptx::wgmma_wait<0>();
-      ptx::pin_registers(out);
-      __syncwarp();
-      if (me.lane == 0) ptx::mbarrier_arrive(shared_address(&smem.state_empty[state]));
+      receive_inter<Cfg>(out, masked, scores, smem, smem.weights[0], state, reverse, rows, me);
       state_ring.advance();
-      scale_rows(out, upper, lower);
       issue_intra<T, false>(out, masked, masked, smem.stages[stage].c);
 
       // Behind the last chunk the scores are computed once more, unused: products in flight across a branch would be
@@ -179,19 +187,7 @@ __device__ __forceinline__ void write_outputs_in_turns(SharedStorage<Cfg>& smem,
       ptx::wgmma_wait<1>();
       ptx::pin_registers(scores);
       uint32_t masked[kChunk / 16][4];
-      mask_scores<T, false>(masked, masked, scores, weights, me);
-      const int row = me.warp * 16 + me.group;
-      float upper = row_weight(weights, reverse, rows, row), lower = row_weight(weights, reverse, rows, row + 8);
-      if constexpr (Cfg::kNeedsRange) {
-        const float undo = range_undo_of(smem, state);
-        upper *= undo;
-        lower *= undo;
-      }
-      ptx::wgmma_wait<0>();
-      ptx::pin_registers(out);
-      __syncwarp();
-      if (me.lane == 0) ptx::mbarrier_arrive(shared_address(&smem.state_empty[state]));
-      scale_rows(out, upper, lower);
+      receive_inter<Cfg>(out, masked, scores, smem, weights, state, reverse, rows, me);
       issue_intra<T, false>(out, masked, masked, stage.c);
       ptx::wgmma_wait<0>();
       ptx::pin_registers(out);
