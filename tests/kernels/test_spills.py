@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.builds import current_logs, newest_build
+
 ROOT = Path(__file__).resolve().parents[2]
-BUILDS = ROOT / "build"
 
 ENTRY = re.compile(r"Compiling entry function '([^']+)' for '([^']+)'")
 FAMILIES = {"simt", "sm80", "sm90"}
@@ -26,20 +27,6 @@ def spills(log: str) -> dict[tuple[str, str], int]:
             found[current] = max(found[current], 0) + sum(map(int, amounts.groups()))
             current = None  # what follows belongs to functions that were not inlined, or to the next kernel
     return found
-
-
-def newest_build() -> Path | None:
-    """The build folder with the newest log."""
-    logs = max(BUILDS.rglob("*.ptxas.log"), key=lambda path: path.stat().st_mtime, default=None)
-    return next((p for p in logs.parents if (p / "CMakeCache.txt").exists()), None) if logs else None
-
-
-def current_logs(build: Path) -> list[Path]:
-    """Logs of objects that the build still makes: one left over from a renamed instance says nothing."""
-    rules = (build / "build.ninja").read_text()
-    return [
-        log for log in build.rglob("*.ptxas.log") if str(log.relative_to(build)).removesuffix(".ptxas.log") in rules
-    ]
 
 
 def test_products_of_hopper_kernels_run_on():
