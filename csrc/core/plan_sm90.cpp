@@ -12,7 +12,8 @@ constexpr int kChunk = 64;
 // Microseconds a chunk of one block takes on its SM while others idle, on one H200 (`bench calibrate`). Not measured
 // but set between what is: the gradients but for tile 64, slice 64, whose time has the wait for dk and dv in it, the
 // split state pass of tile 128, slice 64, and the state passes of tile 192. Its other two and out of tile 256 lie
-// between what blocks took alone (1.25, 1.90; 1.55) and all together (1.10, 1.63; 1.38).
+// between what blocks took alone (1.25, 1.90; 1.55) and all together (1.10, 1.63; 1.38). Out of tiles 64 and 128 in
+// slices of 64 is fitted to uncut forwards (csrc/kernels/DESIGN.md, "The planner against the clock").
 struct Sm90Cost {
   int tile_a, slice;
   double out, gradient, state_only, state_only_split;
