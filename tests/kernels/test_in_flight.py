@@ -103,6 +103,7 @@ def cuobjdump() -> Path | None:
     return path if path.exists() else None
 
 
+@pytest.mark.slow
 def test_registers_of_products_in_flight_are_left_alone():
     build, tool = newest_build(), cuobjdump()
     if build is None or tool is None:
