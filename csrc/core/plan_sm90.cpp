@@ -124,6 +124,7 @@ std::vector<Walk> walks_of(const Problem& p, const Plan& plan) {
   return walks;
 }
 
+// Of one item of a packed call, on its SM.
 double packed_item_us(const Problem& p, int slice) {
   if (p.backward) return 0;
   if (p.is_extend) return slice == 64 ? kExtendItemUs64 : kExtendItemUs128;

@@ -263,6 +263,20 @@ def test_long_segments_are_gathered_in_pieces(core):
     assert pieces("4096,128,128,bf16", "passes=1,pieces=2") == 1
 
 
+def test_few_heads_of_many_requests_are_cut_in_narrow_slices(core):
+    """What an item costs beside its chunks is more in slices of 128 (csrc/kernels/DESIGN.md, "extend")."""
+
+    def plan(heads, is_extend):
+        problem = core.problem(f"1,{heads},{16384 if is_extend else 32768},128,128,bf16,packed=20")
+        problem.is_extend = is_extend
+        return core.plan(problem, core.device("sm_90x132"))
+
+    for is_extend in (True, False):
+        few, many = plan(8, is_extend), plan(64, is_extend)
+        assert few.num_segments > 1 and few.tiles[0].slice == 64
+        assert many.num_segments == 1 and many.tiles[0].slice == 128
+
+
 def test_short_calls_take_the_kernels_that_start_soonest(core):
     """On Hopper the portable ones (csrc/kernels/DESIGN.md), where no plan of the others was forced."""
     device = core.device("sm_90x132")

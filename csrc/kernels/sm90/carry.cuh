@@ -1,6 +1,8 @@
 // The state warpgroup of the trilinear kernel for Hopper. The notebook is ../DESIGN.md.
 #pragma once
 
+#include <type_traits>
+
 #include "config.cuh"
 #include "state.cuh"
 
@@ -58,10 +60,15 @@ __device__ __forceinline__ float operand_range(const StateAccumulators<Cfg>& z, 
   return power_of_two(-exponent);
 }
 
-// Z as it enters the item, by the kernels before this one or by the caller; zero where neither has left anything.
+// Takes up an item: the powers of its decay, and Z as the kernels before this one or the caller left it; zero where
+// neither did.
 template <class Cfg>
-__device__ __forceinline__ void load_entering(StateAccumulators<Cfg>& z, const TrilinearJob& job, const Item& item,
-                                              bool reverse, const WarpgroupLane& me) {
+__device__ __forceinline__ void take_up(StateAccumulators<Cfg>& z, SharedStorage<Cfg>& smem, const TrilinearParams& p,
+                                        const TrilinearJob& job, const Item& item, bool reverse,
+                                        const WarpgroupLane& me) {
+  ptx::named_barrier_sync(kStateWarps, 128);
+  smem.powers.fill(simt::slope_of<float>(p, item.sequence, item.head), ptx::opaque(threadIdx.x % 128), 128);
+  ptx::named_barrier_sync(kStateWarps, 128);
 #pragma unroll
   for (int block = 0; block < Cfg::kSlice / 64; ++block) {
     clear(z[block]);
@@ -72,16 +79,7 @@ __device__ __forceinline__ void load_entering(StateAccumulators<Cfg>& z, const T
     }
   }
 }
-// The powers of an item's decay, and its Z.
-template <class Cfg>
-__device__ __forceinline__ void take_up(StateAccumulators<Cfg>& z, SharedStorage<Cfg>& smem, const TrilinearParams& p,
-                                        const TrilinearJob& job, const Item& item, bool reverse,
-                                        const WarpgroupLane& me) {
-  ptx::named_barrier_sync(kStateWarps, 128);
-  smem.powers.fill(simt::slope_of<float>(p, item.sequence, item.head), ptx::opaque(threadIdx.x % 128), 128);
-  ptx::named_barrier_sync(kStateWarps, 128);
-  load_entering<Cfg>(z, job, item, reverse, me);
-}
+// Z as it leaves the sequence.
 template <class Cfg>
 __device__ __forceinline__ void store_leaving(StateAccumulators<Cfg>& z, const TrilinearJob& job, const Item& item,
                                               const WarpgroupLane& me) {
@@ -180,7 +178,7 @@ __device__ __forceinline__ void carry_state_ahead(SharedStorage<Cfg>& smem, cons
         uint32_t weighted[kChunk / 16][4];
         weights.load(smem.powers, reverse, rows, update, me);
         weigh_columns<T>(weighted, c, weights);
-        issue_update<T>(sum, weighted, smem.stages[stage].b);
+        issue_update<T, false>(sum, weighted, weighted, smem.stages[stage].b);
         hand_over<Cfg>(z, smem, state_ring, me);
 
         ring.advance();
@@ -197,7 +195,7 @@ __device__ __forceinline__ void carry_state_ahead(SharedStorage<Cfg>& smem, cons
       uint32_t weighted[kChunk / 16][4];
       weights.load(smem.powers, reverse, rows, update, me);
       weigh_columns<T>(weighted, c, weights);
-      issue_update<T>(sum, weighted, smem.stages[stage].b);
+      issue_update<T, false>(sum, weighted, weighted, smem.stages[stage].b);
       hand_over<Cfg>(z, smem, state_ring, me);
       ptx::wgmma_wait<0>();
       ptx::pin_registers(sum);

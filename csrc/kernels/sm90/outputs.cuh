@@ -1,8 +1,6 @@
 // The output warpgroups of the trilinear kernel for Hopper. The notebook is ../DESIGN.md.
 #pragma once
 
-#include <type_traits>
-
 #include "config.cuh"
 
 namespace la2::sm90 {

@@ -19,8 +19,29 @@ __device__ __forceinline__ void scale(Accumulators<kRegs>& z, float factor) {
 
 // Z^T = lambda^C Z^T + (weighted c)^T b for 64 columns of c. The chunk is summed from zero: a tensor core cuts off what
 // it adds to a larger sum, always towards zero, and without decay a state grows from chunk to chunk; the addition to Z
-// rounds (../DESIGN.md). kAtOnce: accumulators of a sum, as the registers allow. first_col: of b, whose columns from
-// there on are Z's.
+// rounds (../DESIGN.md). In two steps: the sum, issued (kSplit: of both parts of c) for the columns of b from first_col
+// on, and the addition.
+template <class T, bool kSplit, class Tile, int kRegs>
+__device__ __forceinline__ void issue_update(Accumulators<kRegs>& sum, const uint32_t (&weighted)[kChunk / 16][4],
+                                             const uint32_t (&rest)[kChunk / 16][4], const Tile& b_tile,
+                                             int first_col = 0) {
+  const tile::ColumnsOperand<Tile> b(shared_address(&b_tile) + first_col / 64 * Tile::kBlockBytes);
+  ptx::pin_registers(sum);
+  ptx::wgmma_fence();
+#pragma unroll
+  for (int k = 0; k < kChunk / 16; ++k) {
+    ptx::wgmma<T, ptx::Major::kMN>(sum, weighted[k], b.step(k), k != 0);
+    if constexpr (kSplit) ptx::wgmma<T, ptx::Major::kMN>(sum, rest[k], b.step(k), 1);
+  }
+  ptx::wgmma_commit();
+}
+template <int kRegs, int kPart>
+__device__ __forceinline__ void add_update(Accumulators<kRegs>& z, float lambda_rows, const Accumulators<kPart>& sum,
+                                           int first = 0) {
+#pragma unroll
+  for (int i = 0; i < kPart; ++i) z[first + i] = fmaf(z[first + i], lambda_rows, sum[i]);
+}
+// Both, kAtOnce accumulators of a sum at a time, as the registers allow.
 template <class T, bool kSplit, int kAtOnce, class Tile, int kRegs>
 __device__ __forceinline__ void update_rows(Accumulators<kRegs>& z, const uint32_t (&weighted)[kChunk / 16][4],
                                             const uint32_t (&rest)[kChunk / 16][4], const Tile& b_tile,
@@ -28,39 +49,12 @@ __device__ __forceinline__ void update_rows(Accumulators<kRegs>& z, const uint32
   constexpr int kPart = kRegs < kAtOnce ? kRegs : kAtOnce;
 #pragma unroll
   for (int part = 0; part < kRegs / kPart; ++part) {
-    const tile::ColumnsOperand<Tile> b(shared_address(&b_tile) +
-                                       (first_col / 64 + part * (kPart / 32)) * Tile::kBlockBytes);
     Accumulators<kPart> sum;
-    ptx::pin_registers(sum);
-    ptx::wgmma_fence();
-#pragma unroll
-    for (int k = 0; k < kChunk / 16; ++k) {
-      ptx::wgmma<T, ptx::Major::kMN>(sum, weighted[k], b.step(k), k != 0);
-      if constexpr (kSplit) ptx::wgmma<T, ptx::Major::kMN>(sum, rest[k], b.step(k), 1);
-    }
-    ptx::wgmma_commit();
+    issue_update<T, kSplit>(sum, weighted, rest, b_tile, first_col + part * 2 * kPart);
     ptx::wgmma_wait<0>();
     ptx::pin_registers(sum);
-#pragma unroll
-    for (int i = 0; i < kPart; ++i) z[part * kPart + i] = fmaf(z[part * kPart + i], lambda_rows, sum[i]);
+    add_update(z, lambda_rows, sum, part * kPart);
   }
-}
-
-// The same in two steps: the chunk's sum, issued, and its addition to Z.
-template <class T, class Tile, int kRegs>
-__device__ __forceinline__ void issue_update(Accumulators<kRegs>& sum, const uint32_t (&weighted)[kChunk / 16][4],
-                                             const Tile& b_tile) {
-  const tile::ColumnsOperand<Tile> b(shared_address(&b_tile));
-  ptx::pin_registers(sum);
-  ptx::wgmma_fence();
-#pragma unroll
-  for (int k = 0; k < kChunk / 16; ++k) ptx::wgmma<T, ptx::Major::kMN>(sum, weighted[k], b.step(k), k != 0);
-  ptx::wgmma_commit();
-}
-template <int kRegs>
-__device__ __forceinline__ void add_update(Accumulators<kRegs>& z, float lambda_rows, const Accumulators<kRegs>& sum) {
-#pragma unroll
-  for (int i = 0; i < kRegs; ++i) z[i] = fmaf(z[i], lambda_rows, sum[i]);
 }
 
 // 64 rows of Z^T [64 columns of Dc, Da], from column `first_col` of the item's slice on, from and to a state [Da, Dc]
