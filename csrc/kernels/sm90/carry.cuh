@@ -22,9 +22,10 @@ using StateAccumulators = float[Cfg::kSlice / 64][Cfg::kTileA / 2];
 // is_result: without the error of rounding the weighted c.
 template <class Cfg>
 __device__ __forceinline__ void update_state(StateAccumulators<Cfg>& z, const Stage<Cfg>& stage,
-                                             const tile::Decay<kChunk>& powers, float factor, bool reverse, int rows,
+                                             const SharedStorage<Cfg>& smem, float factor, bool reverse, int rows,
                                              bool is_result, const WarpgroupLane& me) {
   using T = typename Cfg::T;
+  const tile::Decay<kChunk>& powers = smem.powers;
   constexpr int kBlocks = Cfg::kSlice / 64, kAtOnce = !Cfg::kTakesTurns && kBlocks * Cfg::kTileA <= 128 ? 64 : 32;
   const float* weights = token_weights(powers, reverse, rows, me);
   const float lambda_rows = powers.ascending()[rows];
@@ -33,7 +34,10 @@ __device__ __forceinline__ void update_state(StateAccumulators<Cfg>& z, const St
     uint32_t weighted[kChunk / 16][4], rest[kChunk / 16][4];
     auto update = [&](auto splits) {
       constexpr bool kSplits = decltype(splits)::value;
-      weigh_columns<T, kSplits>(weighted, rest, stage.c, block, weights, factor, me);
+      if constexpr (Cfg::kWeighsInPairs)
+        weigh_columns(weighted, rest, stage.c, block, smem.pair_weights[0], me);
+      else
+        weigh_columns<T, kSplits>(weighted, rest, stage.c, block, weights, factor, me);
       update_rows<T, kSplits, kAtOnce>(z[block], weighted, rest, stage.b, lambda_rows);
     };
     if (Cfg::kSplit || !is_result)
@@ -129,12 +133,15 @@ __device__ __forceinline__ void carry_state(SharedStorage<Cfg>& smem, const Tril
     take_up<Cfg>(z, smem, p, job, item, reverse, me);
 
     const bool wants_state = job.final.data != nullptr && item.is_last;
+    int filled = -1;
     for (int step = 0; step < item.num_chunks; ++step, ring.advance()) {
+      if constexpr (Cfg::kWeighsInPairs)
+        smem.pair_weights[0].fill(smem.powers, update, reverse, item.rows_of(item.chunk_at(step)), filled, kStateWarps);
       hand_over<Cfg>(z, smem, state_ring, me);
       const int stage = ptx::uniform(ring.stage);
       ptx::mbarrier_wait(shared_address(&smem.full[ring.stage]), ring.parity);
       if (step + 1 < item.num_chunks || wants_state)
-        update_state<Cfg>(z, smem.stages[stage], smem.powers, update, reverse, item.rows_of(item.chunk_at(step)),
+        update_state<Cfg>(z, smem.stages[stage], smem, update, reverse, item.rows_of(item.chunk_at(step)),
                           step + 1 == item.num_chunks && is_exact_at_last(p), me);
       if (is_followed<Cfg>(p))
         release_stage_by_all(smem.empty[ring.stage], schedule.cluster, me.lane);
@@ -201,7 +208,7 @@ __device__ __forceinline__ void carry_state_ahead(SharedStorage<Cfg>& smem, cons
       ptx::pin_registers(sum);
       if (wants_state) {
         if (is_exact_at_last(p)) {
-          update_state<Cfg>(z, smem.stages[stage], smem.powers, update, reverse, rows, true, me);
+          update_state<Cfg>(z, smem.stages[stage], smem, update, reverse, rows, true, me);
         } else {
           add_update(z[0], smem.powers.ascending()[rows], sum);
         }

@@ -22,6 +22,8 @@ struct Config {
   static constexpr bool kAlone = false, kInCluster = !kBoth;  // one item to a block; shared copies (work.cuh)
   static constexpr bool kSplitsValues = kSplit && (kSlice == 64 || kBoth);
   static constexpr bool kNeedsRange = std::is_same<T, __half>::value;  // 65504 ends it, and a state may not
+  // By bfloat16 arithmetic: float16 has no numbers for small weights.
+  static constexpr bool kWeighsInPairs = kSplitsValues && !kNeedsRange;
 
   using TileA = tile::SwizzledTile<T, kChunk, kTileA>;
   using TileC = tile::SwizzledTile<T, kChunk, kSlice>;
@@ -35,6 +37,9 @@ struct Config {
   static constexpr int kOutputGroups = kSlice == 64 && kTileA <= 128 && !kSplit && !kBoth ? 2 : 1;
   static constexpr bool kTakesTurns = kOutputGroups == 2;
   static constexpr int kThreads = 128 * (2 + kOutputGroups);  // producer, output and state warpgroups
+  // dk and dv leave shared memory by a warp each of the producer's warpgroup: for what one output warpgroup waits
+  // there, the tensor core waits too.
+  static constexpr int kStorers = kBoth ? 2 : 0;
   static constexpr int kProducerRegisters = 48;
   static constexpr int kOutputRegisters = kTakesTurns ? 128 : kBoth ? 232 : 224;
   static constexpr int kStateRegisters = kTakesTurns ? 208 : 224;
@@ -73,7 +78,7 @@ struct Stage {
 
 // Arrivals: the copy engine's bytes and the producer (full, tail, full_a); of every block of the cluster each warp of
 // the state warpgroup and of the output warpgroup whose chunk it is (empty), of the latter (empty_a); every warp of the
-// state warpgroup (state_full), of the chunk's output warpgroup (state_empty).
+// state warpgroup (state_full), of the chunk's output warpgroup (state_empty, staged); the warp that stores (stored).
 template <class Cfg>
 struct SharedStorage {
   Stage<Cfg> stages[Cfg::kStages];
@@ -84,11 +89,13 @@ struct SharedStorage {
   Weights weights[Cfg::kOutputGroups];                         // of an output warpgroup
   Item item;                                                   // its own, where it has no registers to keep it
   tile::Decay<kChunk> powers;                                  // of the state warpgroup, which may be an item ahead
+  PairWeights pair_weights[Cfg::kWeighsInPairs];               // the same
   float range_undo[Cfg::kStateBuffers];                        // fp16: the state's operand was divided by this
   alignas(16) float largest[4];                                // read as one vector
   uint64_t full[Cfg::kStages], empty[Cfg::kStages], tail[Cfg::kStages];
   uint64_t full_a[Cfg::kStagesOfA], empty_a[Cfg::kStagesOfA];
   uint64_t state_full[Cfg::kStateBuffers], state_empty[Cfg::kStateBuffers];
+  uint64_t staged[Cfg::kStorers], stored[Cfg::kStorers];
 };
 
 enum NamedBarrier { kOutputWarps = 1, kStateWarps = 2, kSecondOutputWarps = 3 };

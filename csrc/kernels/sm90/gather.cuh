@@ -14,6 +14,7 @@ struct GatherConfig {
   using T = T_;
   static constexpr int kTileA = kTileA_, kSlice = kSlice_;
   static constexpr bool kSplit = kSplit_, kAlone = kAlone_;
+  static constexpr bool kWeighsInPairs = kSplit && !std::is_same<T, __half>::value;  // config.cuh
   using TileA = tile::SwizzledTile<T, kChunk, kTileA>;
   using TileC = tile::SwizzledTile<T, kChunk, kSlice>;
   static constexpr int kColsOfB = kAlone && kTileA > 64 ? 64 : kTileA;  // of a gatherer
@@ -35,6 +36,7 @@ template <class Cfg>
 struct GatherStorage {
   GatherStage<Cfg> stages[Cfg::kStages];
   tile::Decay<kChunk> powers[Cfg::kGatherers];  // they may be an item apart
+  PairWeights pair_weights[Cfg::kWeighsInPairs * Cfg::kGatherers];
   uint64_t full[Cfg::kStages], empty[Cfg::kStages], tail[Cfg::kStages];
 };
 
@@ -130,13 +132,19 @@ __device__ __forceinline__ void gather(GatherStorage<Cfg>& smem, const Trilinear
     clear(z);
     if (item.is_first && steps.begin == 0)
       load_state<!Cfg::kSplit>(z, job.initial, item, block * 64, job.dim_a, cols(), me, first_of_b);
+    int filled = -1;
     for (int step = steps.begin; step < steps.end; ++step, ring.advance()) {
       const int rows = item.rows_of(item.chunk_at(step));
       const GatherStage<Cfg>& stage = smem.stages[ptx::uniform(ring.stage)];
+      if constexpr (Cfg::kWeighsInPairs)
+        smem.pair_weights[gatherer].fill(powers, update, job.reverse, rows, filled, 1 + gatherer);
       ptx::mbarrier_wait(shared_address(&smem.full[ring.stage]), ring.parity);
       uint32_t weighted[kChunk / 16][4], rest[kChunk / 16][4];
-      weigh_columns<T, Cfg::kSplit>(weighted, rest, stage.c, block, token_weights(powers, job.reverse, rows, me),
-                                    update, me);
+      if constexpr (Cfg::kWeighsInPairs)
+        weigh_columns(weighted, rest, stage.c, block, smem.pair_weights[gatherer], me);
+      else
+        weigh_columns<T, Cfg::kSplit>(weighted, rest, stage.c, block, token_weights(powers, job.reverse, rows, me),
+                                      update, me);
       constexpr int kAtOnce = Cfg::kSplit || Cfg::kTileA > 128 ? 32 : 64;
       update_rows<T, Cfg::kSplit, kAtOnce>(z, weighted, rest, stage.b, powers.ascending()[rows], first_of_b);
       release_stage(smem.empty[ring.stage], schedule.cluster, me.lane);

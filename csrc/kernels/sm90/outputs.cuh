@@ -73,6 +73,17 @@ __device__ __forceinline__ void receive_inter(Accumulators<Cfg::kSlice / 2>& out
   scale_rows(out, upper, lower);
 }
 
+// A chunk of out to `staging`, from where store_output takes it: each goes on once the other has arrived.
+template <class T, class Tile>
+__device__ __forceinline__ void hand_to_store(Tile (&staging)[1], const Accumulators<Tile::kCols / 2>& out,
+                                              uint64_t& staged, uint64_t& stored, const Ring<1>& ring,
+                                              const WarpgroupLane& me) {
+  ptx::mbarrier_wait(shared_address(&stored), ring.parity ^ 1);
+  store_rounded<Tile, T>(staging, me.warp * 16, out, 1.f, me.lane);
+  __syncwarp();
+  if (me.lane == 0) ptx::mbarrier_arrive(shared_address(&staged));
+}
+
 // ---- roles
 
 // out = diag(inter lambda^n) a Z + (M . a b^T) c, chunk by chunk. The scores of the next chunk are issued before this
@@ -139,7 +150,7 @@ __device__ __forceinline__ void write_outputs(SharedStorage<Cfg>& smem, const Tr
       ptx::wgmma_wait<0>();
       ptx::pin_registers(scores);
       ptx::fence_proxy_async();
-      store_staged<T>(smem.out[0], maps.out, job, item, chunk, is_packed, me);
+      store_staged<T>(smem.out[0], maps.out, job, item, chunk, is_packed, me.warp * 16, me.lane);
       if (!has_next) release_stage(smem.empty[stage], schedule.cluster, me.lane);
     }
   }
@@ -192,26 +203,26 @@ __device__ __forceinline__ void write_outputs_in_turns(SharedStorage<Cfg>& smem,
       release_stage(smem.empty[stage_idx], schedule.cluster, me.lane);
       stage_out<T>(smem.out[group], out, me);
       ptx::fence_proxy_async();
-      store_staged<T>(smem.out[group], maps.out, job, item, chunk, is_packed, me);
+      store_staged<T>(smem.out[group], maps.out, job, item, chunk, is_packed, me.warp * 16, me.lane);
     }
   }
   if (ptx::elect_one()) ptx::tma_store_wait();  // the lane that committed them
 }
 
 // The outputs of both jobs, in turns: while one is scaled, masked or stored, the tensor core has the other. The
-// products of a chunk with Z and its scores are issued before the outputs of the chunk before have left.
+// products of a chunk with Z and its scores are issued before the outputs of the chunk before are staged. From there
+// other warps take them (store_output): a fence and copies here would be waited for with nothing issued.
 template <class Cfg>
-__device__ __forceinline__ void write_both_outputs(SharedStorage<Cfg>& smem, const TrilinearParams& p,
-                                                   const JobMaps* maps) {
+__device__ __forceinline__ void write_both_outputs(SharedStorage<Cfg>& smem, const TrilinearParams& p) {
   using T = typename Cfg::T;
-  const TrilinearJob &first = p.jobs[0], &second = p.jobs[1];
+  const TrilinearJob& first = p.jobs[0];
   const Schedule<Cfg::kAlone, Cfg::kInCluster> schedule(first);
   const WarpgroupLane me;
   constexpr bool reverse = true;  // the pair is dk and dv
-  const bool is_packed = p.cu_seqlens.data != nullptr;
   const float inter = static_cast<float>(first.inter), intra = static_cast<float>(first.intra);
   Ring<Cfg::kStages> ring;
   Ring<Cfg::kStateBuffers> state_ring;
+  Ring<1> staging_ring;
   for (int index = schedule.first(); index < schedule.count(p); index = schedule.after(index, p)) {
     const Item found = schedule.item(p, first, index, Cfg::kSlice);
     if (!found.is_valid) break;
@@ -268,7 +279,6 @@ __device__ __forceinline__ void write_both_outputs(SharedStorage<Cfg>& smem, con
       receive(scores, second_scores, item.chunk_at(0), state, true);
     }
     for (int step = 0; step < item.num_chunks; ++step) {
-      const int chunk = item.chunk_at(step);
       const int stage_idx = ptx::uniform(ring.stage), state = ptx::uniform(state_ring.stage);
       const Stage<Cfg>& stage = smem.stages[stage_idx];
       issue_intra<T, true>(out, masked, rest, stage.c);
@@ -281,7 +291,7 @@ __device__ __forceinline__ void write_both_outputs(SharedStorage<Cfg>& smem, con
       const bool has_next = step + 1 < item.num_chunks;
       ptx::wgmma_wait<1>();
       ptx::pin_registers(out);
-      stage_out<T>(smem.out[0], out, me);
+      hand_to_store<T>(smem.out[0], out, smem.staged[0], smem.stored[0], staging_ring, me);
       if (has_next) ptx::mbarrier_wait(shared_address(&smem.full[ring.stage]), ring.parity);
       const Stage<Cfg>& next = smem.stages[ptx::uniform(has_next ? ring.stage : stage_idx)];
       Accumulators<kChunk / 2> scores, second_scores;
@@ -292,17 +302,41 @@ __device__ __forceinline__ void write_both_outputs(SharedStorage<Cfg>& smem, con
       if (has_next) ptx::mbarrier_wait(shared_address(&smem.state_full[state_ring.stage]), state_ring.parity);
       const int next_state = ptx::uniform(has_next ? state_ring.stage : state);
       issue_inter<T, tile::RowsOperand>(out, rows_operand(next.a[0]), smem.state[next_state]);
-      stage_out<T>(smem.second_out, second_out, me);
+      hand_to_store<T>(smem.second_out, second_out, smem.staged[1], smem.stored[1], staging_ring, me);
+      staging_ring.advance();
       issue_scores<T>(second_scores, rows_operand(next.second_a[0]), next.c);
       issue_inter<T, tile::ColumnsOperand>(second_out, rows_operand(next.second_a[0]), smem.state[next_state]);
-      ptx::fence_proxy_async();
-      store_staged<T>(smem.out[0], maps[0].out, first, item, chunk, is_packed, me);
-      store_staged<T>(smem.second_out, maps[1].out, second, item, chunk, is_packed, me);
-      receive(scores, second_scores, has_next ? item.chunk_at(step + 1) : chunk, next_state, has_next);
+      receive(scores, second_scores, item.chunk_at(has_next ? step + 1 : step), next_state, has_next);
       if (!has_next) release_stage(smem.empty[stage_idx], schedule.cluster, me.lane);
     }
   }
-  if (ptx::elect_one()) ptx::tma_store_wait();  // the lane that committed them
+}
+
+// The out of `job` from where it is staged to memory, by one warp; the items are those of `walked`, with which it runs.
+template <class Cfg, class Tile>
+__device__ __forceinline__ void store_output(SharedStorage<Cfg>& smem, const Tile (&staging)[1],
+                                             const TrilinearParams& p, const TrilinearJob& walked,
+                                             const TrilinearJob& job, const CUtensorMap& map, int which) {
+  const Schedule<Cfg::kAlone, Cfg::kInCluster> schedule(walked);
+  const int lane = threadIdx.x % 32;
+  const bool is_packed = p.cu_seqlens.data != nullptr;
+  Ring<1> ring;
+  for (int index = schedule.first(); index < schedule.count(p); index = schedule.after(index, p)) {
+    const Item item = schedule.item(p, walked, index, Cfg::kSlice);
+    if (!item.is_valid) break;
+    for (int step = 0; step < item.num_chunks; ++step, ring.advance()) {
+      ptx::mbarrier_wait(shared_address(&smem.staged[which]), ring.parity);
+      ptx::fence_proxy_async();
+      for (int row = 0; row < kChunk; row += 16)
+        store_staged<typename Cfg::T>(staging, map, job, item, item.chunk_at(step), is_packed, row, lane);
+      __syncwarp();
+      if (ptx::elect_one()) {  // the lane that committed them
+        ptx::tma_store_wait_read();
+        ptx::mbarrier_arrive(shared_address(&smem.stored[which]));
+      }
+    }
+  }
+  if (ptx::elect_one()) ptx::tma_store_wait();
 }
 
 }  // namespace la2::sm90

@@ -145,8 +145,7 @@ __device__ __forceinline__ void store_rounded(Tile (&tiles)[kParts], int row, co
 }
 
 // A chunk of out goes to memory in two steps, by every warp for its own 16 rows: to its rows of `staging`, and from
-// there, once ptx::fence_proxy_async() stands between. Apart: the fence waits for the stores before it, and one serves
-// two outs.
+// there, once ptx::fence_proxy_async() stands between. Apart: the fence waits for the stores before it.
 template <class T, class Tile>
 __device__ __forceinline__ void stage_out(Tile (&staging)[1], const Accumulators<Tile::kCols / 2>& out,
                                           const WarpgroupLane& me) {
@@ -156,15 +155,15 @@ __device__ __forceinline__ void stage_out(Tile (&staging)[1], const Accumulators
 }
 template <class T, class Tile>
 __device__ __forceinline__ void store_staged(const Tile (&staging)[1], const CUtensorMap& map, const TrilinearJob& job,
-                                             const Item& item, int chunk, bool is_packed, const WarpgroupLane& me) {
+                                             const Item& item, int chunk, bool is_packed, int first_row, int lane) {
   const uint32_t tile = shared_address(&staging[0]);
-  const int first_row = me.warp * 16, rows = item.rows_of(chunk);
+  const int rows = item.rows_of(chunk);
   __syncwarp();
   if (is_packed && rows < kChunk) {  // the map does not end where the sequence does
     T* to = static_cast<T*>(job.out.data) + item.batch * job.out.stride_b + item.head * job.out.stride_h +
             static_cast<int64_t>(item.row_begin + chunk * kChunk) * job.out.stride_n + item.first_col;
     store_rows_directly<Tile>(to, job.out.stride_n, tile, first_row, rows, job.dim_c - item.first_col,
-                              ptx::opaque(me.lane));
+                              ptx::opaque(lane));
     return;
   }
   if (ptx::elect_one()) {
@@ -208,6 +207,42 @@ __device__ __forceinline__ const float* token_weights(const tile::Decay<kChunk>&
                                                       const WarpgroupLane& me) {
   return decay.against(reverse) + (me.pair * 2 + (reverse ? 1 : 1 - rows));
 }
+// The same by bfloat16 arithmetic: weights of two tokens each, `factor` in them, as sums of two bfloat16. Of a
+// warpgroup.
+struct PairWeights {
+  uint2 of_tokens[kChunk / 2];
+
+  // Where they are not those that `filled` names, of the chunk before. barrier: this warpgroup's.
+  __device__ __forceinline__ void fill(const tile::Decay<kChunk>& powers, float factor, bool reverse, int rows,
+                                       int& filled, int barrier) {
+    const int wanted = reverse ? kChunk : rows;  // a reverse sweep counts from the chunk's begin
+    if (filled == wanted) return;
+    filled = wanted;
+    const int pair = threadIdx.x % 128;
+    ptx::named_barrier_sync(barrier, 128);  // nobody reads the last ones any more
+    if (pair < kChunk / 2) {
+      const float* weights = powers.against(reverse) + (2 * pair + (reverse ? 1 : 1 - rows));
+      uint2& to = of_tokens[pair];
+      tile::split_pair<__nv_bfloat16>(factor * weights[0], factor * weights[1], to.x, to.y);
+    }
+    ptx::named_barrier_sync(barrier, 128);
+  }
+};
+template <class Tile>
+__device__ __forceinline__ void weigh_columns(uint32_t (&weighted)[kChunk / 16][4], uint32_t (&rest)[kChunk / 16][4],
+                                              const Tile& c_tile, int block, const PairWeights& weights,
+                                              const WarpgroupLane& me) {
+  const auto values = tile::swizzled_units_first<Tile>(shared_address(&c_tile), 0, 2 * me.warp, me.lane);
+  const uint2* pairs = weights.of_tokens + me.pair;
+#pragma unroll
+  for (int k = 0; k < kChunk / 16; ++k) {
+    uint32_t c[4];
+    ptx::ldmatrix_x4_trans(c, values.at(k * 16, 8 * block));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) tile::split_product(c[i], pairs[k * 8 + 4 * (i / 2)], weighted[k][i], rest[k][i]);
+  }
+}
+
 // A lane's weights of a chunk's tokens, `factor` in them, in registers: they are those of the chunk before as long as
 // chunks are whole.
 struct HeldWeights {

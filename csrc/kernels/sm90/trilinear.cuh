@@ -86,6 +86,10 @@ __device__ __forceinline__ void init_barriers(SharedStorage<Cfg>& smem, const Tr
     ptx::mbarrier_init(shared_address(&smem.state_full[i]), kWarpsOfRole);
     ptx::mbarrier_init(shared_address(&smem.state_empty[i]), kWarpsOfRole);
   }
+  for (int i = 0; i < Cfg::kStorers; ++i) {
+    ptx::mbarrier_init(shared_address(&smem.staged[i]), kWarpsOfRole);
+    ptx::mbarrier_init(shared_address(&smem.stored[i]), 1);
+  }
   ptx::mbarrier_init_fence();
 }
 
@@ -99,12 +103,16 @@ __device__ __forceinline__ void run_roles(SharedStorage<Cfg>& smem, const Trilin
     if (threadIdx.x < 32) produce<Cfg>(smem, p, job, job_maps);
     if constexpr (Cfg::kStagesOfA > 0)
       if (threadIdx.x / 32 == 1) produce_a<Cfg>(smem, p, job, job_maps->a);
+    if constexpr (Cfg::kStorers > 0) {
+      if (threadIdx.x / 32 == 1) store_output<Cfg>(smem, smem.out[0], p, job, job, job_maps[0].out, 0);
+      if (threadIdx.x / 32 == 2) store_output<Cfg>(smem, smem.second_out, p, job, p.jobs[1], job_maps[1].out, 1);
+    }
   } else if (role <= Cfg::kOutputGroups) {
     ptx::registers_acquire<Cfg::kOutputRegisters>();
     if constexpr (Cfg::kTakesTurns) {
       write_outputs_in_turns<Cfg>(smem, p, job, *job_maps, role - 1);
     } else if constexpr (Cfg::kBoth) {
-      write_both_outputs<Cfg>(smem, p, job_maps);
+      write_both_outputs<Cfg>(smem, p);
     } else {
       write_outputs<Cfg>(smem, p, job, *job_maps);
     }
@@ -126,7 +134,8 @@ __device__ __forceinline__ void run_roles(SharedStorage<Cfg>& smem, const Trilin
 //
 //   producer   copy(i+2) ........................................
 //   output     | scores(i+1) | wait Z(i) | a Z(i) | mask(i) | scores c | store(i) ...
-//   (both)     | scores c | scores(i+1) | wait Z(i+1) | a Z(i+1) begins | store(i) | mask(i+1) | a Z(i+1) is there ...
+//   (both)     | scores c | scores(i+1) | wait Z(i+1) | a Z(i+1) begins | stage(i) | mask(i+1) | a Z(i+1) is there ...
+//   store      (both) | wait stage(i) | store(i) ...
 //   (in turns) | scores(i) | wait Z(i) | a Z(i) | mask(i) | scores c | store(i) | scores(i+2) ...
 //   state      | Z(i) rounded | wait copy(i) | Z(i+1) = lambda^C Z(i) + b^T w c | Z(i+1) rounded ...
 //   (ahead)    | b^T w c begins | Z(i) rounded | wait copy(i+1) | Z(i+1) = lambda^C Z(i) + b^T w c is there ...
