@@ -61,7 +61,9 @@ __device__ inline Unit unit_of(const TrilinearParams& params, int64_t sequence, 
 }
 
 // Called by whole warps, every lane with the same unit_idx; every lane gets the same unit. Packed: each lane counts
-// the segments of one of 32 sequences, a scan over the warp finds the sequence unit_idx falls into.
+// the segments of one of 32 sequences, a scan over the warp finds the sequence unit_idx falls into. kIsShort: without
+// code for more than 2^31 units, which no launch has.
+template <bool kIsShort = false>
 __device__ inline Unit find_unit(const TrilinearParams& params, int64_t unit_idx) {
   const Sizes& sizes = params.sizes;
   if (params.units != nullptr) {
@@ -72,7 +74,8 @@ __device__ inline Unit find_unit(const TrilinearParams& params, int64_t unit_idx
     return unit;
   }
   if (params.cu_seqlens.data == nullptr) {
-    const int64_t sequence = params.by_segments.quotient(unit_idx);
+    const int64_t sequence = kIsShort ? params.by_segments.small_quotient(static_cast<int>(unit_idx))
+                                      : params.by_segments.quotient(unit_idx);
     if (sequence >= sizes.num_seqs) return {};
     return unit_of(params, sequence, sequence, {0, sizes.length}, unit_idx - sequence * params.by_segments.divisor);
   }

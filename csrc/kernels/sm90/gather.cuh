@@ -14,7 +14,8 @@ struct GatherConfig {
   using T = T_;
   static constexpr int kTileA = kTileA_, kSlice = kSlice_;
   static constexpr bool kSplit = kSplit_, kAlone = kAlone_;
-  static constexpr bool kWeighsInPairs = kSplit && !std::is_same<T, __half>::value;  // config.cuh
+  static constexpr bool kWeighsInPairs =  // as the kernel behind it (config.cuh), for the same bits
+      !std::is_same<T, __half>::value && (kSplit || (kSlice == 64 && kTileA <= 128));
   using TileA = tile::SwizzledTile<T, kChunk, kTileA>;
   using TileC = tile::SwizzledTile<T, kChunk, kSlice>;
   static constexpr int kColsOfB = kAlone && kTileA > 64 ? 64 : kTileA;  // of a gatherer
@@ -43,9 +44,9 @@ struct GatherStorage {
 // ---- roles
 
 // The schedule's items once for each piece of a segment, the pieces that every segment has first.
-template <bool kAlone>
-struct PieceSchedule : Schedule<kAlone> {
-  using Items = Schedule<kAlone>;
+template <bool kAlone, bool kIsShort>
+struct PieceSchedule : Schedule<kAlone, !kAlone, kIsShort> {
+  using Items = Schedule<kAlone, !kAlone, kIsShort>;
   using Items::Items;
   __device__ int count(const TrilinearParams& params) const { return Items::count(params) * params.num_pieces; }
   __device__ int after(int index, const TrilinearParams& params) const {
@@ -78,7 +79,7 @@ __device__ inline Steps steps_of(const TrilinearParams& p, const Item& item, int
 template <class Cfg>
 __device__ __forceinline__ void produce(GatherStorage<Cfg>& smem, const TrilinearParams& p, const TrilinearJob& job,
                                         const JobMaps& maps) {
-  const PieceSchedule<Cfg::kAlone> schedule(job);
+  const PieceSchedule<Cfg::kAlone, !Cfg::kSplit> schedule(job);
   const int lane = threadIdx.x % 32;
   Ring<Cfg::kStages> ring;
   uint32_t tail_parities = 0;
@@ -110,7 +111,7 @@ template <class Cfg>
 __device__ __forceinline__ void gather(GatherStorage<Cfg>& smem, const TrilinearParams& p, const TrilinearJob& job,
                                        int gatherer) {
   using T = typename Cfg::T;
-  const PieceSchedule<Cfg::kAlone> schedule(job);
+  const PieceSchedule<Cfg::kAlone, !Cfg::kSplit> schedule(job);
   const WarpgroupLane me;
   const float update = static_cast<float>(job.update);
   constexpr bool kHasAllOfB = Cfg::kColsOfB == Cfg::kTileA;
@@ -141,7 +142,7 @@ __device__ __forceinline__ void gather(GatherStorage<Cfg>& smem, const Trilinear
       ptx::mbarrier_wait(shared_address(&smem.full[ring.stage]), ring.parity);
       uint32_t weighted[kChunk / 16][4], rest[kChunk / 16][4];
       if constexpr (Cfg::kWeighsInPairs)
-        weigh_columns(weighted, rest, stage.c, block, smem.pair_weights[gatherer], me);
+        weigh_columns<T, Cfg::kSplit>(weighted, rest, stage.c, block, smem.pair_weights[gatherer], me);
       else
         weigh_columns<T, Cfg::kSplit>(weighted, rest, stage.c, block, token_weights(powers, job.reverse, rows, me),
                                       update, me);

@@ -46,8 +46,9 @@ struct Cluster<false> {
 
 // Where the items of this block's job are, and in which order it takes them. What only every item asks for is computed
 // anew each time: consumers have no registers to keep it. kAlone: a block has one item.
-// kInCluster: it may be one of a cluster.
-template <bool kAlone, bool kInCluster = !kAlone>
+// kInCluster: it may be one of a cluster. kIsShort: find_unit's. (Not gradients': ptxas orders their instructions
+// otherwise then, and D = 192 and 256 take 3 to 6 % longer; ../DESIGN.md.)
+template <bool kAlone, bool kInCluster = !kAlone, bool kIsShort = false>
 struct Schedule : Cluster<kInCluster> {
   using Cluster<kInCluster>::cluster;
   const Division& by_groups;  // of slices, a cluster each
@@ -74,7 +75,7 @@ struct Schedule : Cluster<kInCluster> {
   __device__ Item item(const TrilinearParams& params, const TrilinearJob& job, int index, int slice_cols) const {
     const int heads = static_cast<int>(params.sizes.heads);
     const int both = unit_and_head(index), unit_idx = params.by_heads.small_quotient(both);
-    const simt::Unit unit = simt::find_unit(params, unit_idx);
+    const simt::Unit unit = simt::find_unit<kIsShort>(params, unit_idx);
     Item item;
     item.unit = unit_idx;
     item.sequence = static_cast<int>(unit.sequence);
