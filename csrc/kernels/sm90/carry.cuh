@@ -119,7 +119,7 @@ __device__ __forceinline__ bool is_exact_at_last(const TrilinearParams& p) { ret
 template <class Cfg>
 __device__ __forceinline__ void carry_state(SharedStorage<Cfg>& smem, const TrilinearParams& p, const TrilinearJob& job,
                                             bool reads_previous) {
-  const Schedule<Cfg::kAlone, Cfg::kInCluster, !Cfg::kSplit> schedule(job);
+  const Schedule<Cfg::kAlone, Cfg::kInCluster, Cfg::kIsShort> schedule(job);
   const WarpgroupLane me;
   const bool reverse = job.reverse;
   const float update = static_cast<float>(job.update);
@@ -160,7 +160,7 @@ __device__ __forceinline__ void carry_state_ahead(SharedStorage<Cfg>& smem, cons
                                                   const TrilinearJob& job, bool reads_previous) {
   using T = typename Cfg::T;
   static_assert(Cfg::kSlice == 64 && !Cfg::kSplit);
-  const Schedule<Cfg::kAlone, Cfg::kInCluster, !Cfg::kSplit> schedule(job);
+  const Schedule<Cfg::kAlone, Cfg::kInCluster, Cfg::kIsShort> schedule(job);
   const WarpgroupLane me;
   const bool reverse = job.reverse;
   const float update = static_cast<float>(job.update);
@@ -174,7 +174,7 @@ __device__ __forceinline__ void carry_state_ahead(SharedStorage<Cfg>& smem, cons
     take_up<Cfg>(z, smem, p, job, item, reverse, me);
     const bool wants_state = job.final.data != nullptr && item.is_last;
     if (item.num_chunks > 0) {
-      HeldWeights<T> weights;
+      HeldWeights weights;
       uint32_t c[kChunk / 16][4];
       Accumulators<Cfg::kTileA / 2> sum;
       int rows = item.rows_of(item.chunk_at(0));

@@ -22,6 +22,8 @@ struct Config {
   static constexpr bool kAlone = false, kInCluster = !kBoth;  // one item to a block; shared copies (work.cuh)
   static constexpr bool kSplitsValues = kSplit && (kSlice == 64 || kBoth);
   static constexpr bool kNeedsRange = std::is_same<T, __half>::value;  // 65504 ends it, and a state may not
+  // The state's c by bfloat16 arithmetic: float16 has no numbers for small weights.
+  static constexpr bool kWeighsInPairs = kSplit && !kNeedsRange;
 
   using TileA = tile::SwizzledTile<T, kChunk, kTileA>;
   using TileC = tile::SwizzledTile<T, kChunk, kSlice>;
@@ -34,10 +36,7 @@ struct Config {
   // ones and gradients have no registers for it.
   static constexpr int kOutputGroups = kSlice == 64 && kTileA <= 128 && !kSplit && !kBoth ? 2 : 1;
   static constexpr bool kTakesTurns = kOutputGroups == 2;
-  // The state's weights of tokens are for bfloat16 arithmetic (float16 has no numbers for small ones), in shared memory
-  // or, where a chunk's update is in flight, in registers (HeldWeights). Not for out of one output warpgroup: its wide
-  // slices wait for memory, and tile 256 got slower.
-  static constexpr bool kWeighsInPairs = kSplit && !kNeedsRange;
+  static constexpr bool kIsShort = !kSplit && !kTakesTurns;   // Schedule (work.cuh)
   static constexpr int kThreads = 128 * (2 + kOutputGroups);  // producer, output and state warpgroups
   // dk and dv leave shared memory by a warp each of the producer's warpgroup: for what one output warpgroup waits
   // there, the tensor core waits too.

@@ -14,11 +14,11 @@ struct GatherConfig {
   using T = T_;
   static constexpr int kTileA = kTileA_, kSlice = kSlice_;
   static constexpr bool kSplit = kSplit_, kAlone = kAlone_;
-  static constexpr bool kWeighsInPairs =  // as the kernel behind it (config.cuh), for the same bits
-      !std::is_same<T, __half>::value && (kSplit || (kSlice == 64 && kTileA <= 128));
+  static constexpr bool kWeighsInPairs = kSplit && !std::is_same<T, __half>::value;  // config.cuh
   using TileA = tile::SwizzledTile<T, kChunk, kTileA>;
   using TileC = tile::SwizzledTile<T, kChunk, kSlice>;
-  static constexpr int kColsOfB = kAlone && kTileA > 64 ? 64 : kTileA;  // of a gatherer
+  static constexpr bool kIsShort = !kSplit && (kSlice > 64 || kTileA > 128);  // as the kernel behind it
+  static constexpr int kColsOfB = kAlone && kTileA > 64 ? 64 : kTileA;        // of a gatherer
   static constexpr int kGatherersOfC = kSlice / 64;
   static constexpr int kGatherers = kGatherersOfC * (kTileA / kColsOfB);
   static constexpr int kThreads = 128 * (1 + kGatherers);
@@ -79,7 +79,7 @@ __device__ inline Steps steps_of(const TrilinearParams& p, const Item& item, int
 template <class Cfg>
 __device__ __forceinline__ void produce(GatherStorage<Cfg>& smem, const TrilinearParams& p, const TrilinearJob& job,
                                         const JobMaps& maps) {
-  const PieceSchedule<Cfg::kAlone, !Cfg::kSplit> schedule(job);
+  const PieceSchedule<Cfg::kAlone, Cfg::kIsShort> schedule(job);
   const int lane = threadIdx.x % 32;
   Ring<Cfg::kStages> ring;
   uint32_t tail_parities = 0;
@@ -111,7 +111,7 @@ template <class Cfg>
 __device__ __forceinline__ void gather(GatherStorage<Cfg>& smem, const TrilinearParams& p, const TrilinearJob& job,
                                        int gatherer) {
   using T = typename Cfg::T;
-  const PieceSchedule<Cfg::kAlone, !Cfg::kSplit> schedule(job);
+  const PieceSchedule<Cfg::kAlone, Cfg::kIsShort> schedule(job);
   const WarpgroupLane me;
   const float update = static_cast<float>(job.update);
   constexpr bool kHasAllOfB = Cfg::kColsOfB == Cfg::kTileA;
@@ -142,7 +142,7 @@ __device__ __forceinline__ void gather(GatherStorage<Cfg>& smem, const Trilinear
       ptx::mbarrier_wait(shared_address(&smem.full[ring.stage]), ring.parity);
       uint32_t weighted[kChunk / 16][4], rest[kChunk / 16][4];
       if constexpr (Cfg::kWeighsInPairs)
-        weigh_columns<T, Cfg::kSplit>(weighted, rest, stage.c, block, smem.pair_weights[gatherer], me);
+        weigh_columns<T, true>(weighted, rest, stage.c, block, smem.pair_weights[gatherer], me);
       else
         weigh_columns<T, Cfg::kSplit>(weighted, rest, stage.c, block, token_weights(powers, job.reverse, rows, me),
                                       update, me);

@@ -207,7 +207,8 @@ __device__ __forceinline__ const float* token_weights(const tile::Decay<kChunk>&
                                                       const WarpgroupLane& me) {
   return decay.against(reverse) + (me.pair * 2 + (reverse ? 1 : 1 - rows));
 }
-// The same in pairs of tokens for bfloat16 arithmetic, `factor` in them. Of a warpgroup.
+// The same by bfloat16 arithmetic: weights of two tokens each, `factor` in them, as sums of two bfloat16. Of a
+// warpgroup.
 struct PairWeights {
   uint2 of_tokens[kChunk / 2];
 
@@ -251,10 +252,8 @@ __device__ __forceinline__ void weigh_columns(uint32_t (&weighted)[kChunk / 16][
 
 // A lane's weights of a chunk's tokens, `factor` in them, in registers: they are those of the chunk before as long as
 // chunks are whole.
-template <class T>
 struct HeldWeights {
-  static constexpr bool kInPairs = !std::is_same<T, __half>::value;
-  std::conditional_t<kInPairs, uint2, float2> of_tokens[kChunk / 16][2];
+  float token[kChunk / 16][4];
   int rows = -1;
 
   __device__ __forceinline__ void load(const tile::Decay<kChunk>& decay, bool reverse, int wanted_rows, float factor,
@@ -265,14 +264,7 @@ struct HeldWeights {
 #pragma unroll
     for (int k = 0; k < kChunk / 16; ++k)
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float low = factor * from[k * 16 + 8 * half], high = factor * from[k * 16 + 8 * half + 1];
-        if constexpr (kInPairs) {
-          tile::split_pair<T>(low, high, of_tokens[k][half].x, of_tokens[k][half].y);
-        } else {
-          of_tokens[k][half] = {low, high};
-        }
-      }
+      for (int i = 0; i < 4; ++i) token[k][i] = factor * from[k * 16 + 8 * (i / 2) + i % 2];
   }
 };
 
@@ -286,18 +278,14 @@ __device__ __forceinline__ void load_columns(uint32_t (&c)[kChunk / 16][4], cons
 }
 template <class T>
 __device__ __forceinline__ void weigh_columns(uint32_t (&weighted)[kChunk / 16][4], const uint32_t (&c)[kChunk / 16][4],
-                                              const HeldWeights<T>& weights) {
+                                              const HeldWeights& weights) {
 #pragma unroll
   for (int k = 0; k < kChunk / 16; ++k)
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const auto& weight = weights.of_tokens[k][i / 2];
-      if constexpr (HeldWeights<T>::kInPairs) {
-        weighted[k][i] = tile::product(c[k][i], weight);
-      } else {
-        const float2 value = tile::unpack<T>(c[k][i]);
-        weighted[k][i] = tile::pack<T>(value.x * weight.x, value.y * weight.y);
-      }
+      const float2 value = tile::unpack<T>(c[k][i]);
+      const float* weight = &weights.token[k][i / 2 * 2];
+      weighted[k][i] = tile::pack<T>(value.x * weight[0], value.y * weight[1]);
     }
 }
 

@@ -46,8 +46,7 @@ struct Cluster<false> {
 
 // Where the items of this block's job are, and in which order it takes them. What only every item asks for is computed
 // anew each time: consumers have no registers to keep it. kAlone: a block has one item.
-// kInCluster: it may be one of a cluster. kIsShort: find_unit's. (Not gradients': ptxas orders their instructions
-// otherwise then, and D = 192 and 256 take 3 to 6 % longer; ../DESIGN.md.)
+// kInCluster: it may be one of a cluster. kIsShort: find_unit's, where it was measured to pay (../DESIGN.md).
 template <bool kAlone, bool kInCluster = !kAlone, bool kIsShort = false>
 struct Schedule : Cluster<kInCluster> {
   using Cluster<kInCluster>::cluster;

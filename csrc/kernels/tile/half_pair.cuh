@@ -40,23 +40,23 @@ __device__ __forceinline__ void split_pair(float low, float high, uint32_t& pair
   rest = tile::pack<T>(low - rounded.x, high - rounded.y);
 }
 
-// Two bfloat16 times two float32 numbers, these each as a sum of two bfloat16 (factors.x + factors.y), as pair + rest.
-// The product with the first has 16 digits: what its rounding leaves is exact, and `rest` rounded once. A third of the
-// instructions of split_pair behind a multiplication in float32.
+// Products of two bfloat16 with two float32 numbers by bfloat16 arithmetic, a third of the instructions that it takes
+// in float32. The factors are sums of two bfloat16 each, factors.x + factors.y (split_pair).
+__device__ __forceinline__ __nv_bfloat162 bf16_pair(const uint32_t& bits) {
+  return *reinterpret_cast<const __nv_bfloat162*>(&bits);
+}
+// As pair + rest. The product with factors.x has 16 digits: what its rounding leaves is exact, and `rest` rounded once.
 __device__ __forceinline__ void split_product(uint32_t values, uint2 factors, uint32_t& pair, uint32_t& rest) {
-  auto as_pair = [](const uint32_t& bits) { return *reinterpret_cast<const __nv_bfloat162*>(&bits); };
-  const __nv_bfloat162 value = as_pair(values), factor = as_pair(factors.x), small = as_pair(factors.y);
+  const __nv_bfloat162 value = bf16_pair(values), factor = bf16_pair(factors.x), small = bf16_pair(factors.y);
   const __nv_bfloat162 product = __hmul2_rn(value, factor);
   const __nv_bfloat162 left = __hfma2(value, small, __hfma2(value, factor, __hneg2(product)));
   pair = *reinterpret_cast<const uint32_t*>(&product);
   rest = *reinterpret_cast<const uint32_t*>(&left);
 }
-
-// The same as one pair, rounded once by the fma; what rounding the smaller product adds is 2^-18.
+// As one pair, rounded once by the fma; what rounding the smaller product adds is 2^-18.
 __device__ __forceinline__ uint32_t product(uint32_t values, uint2 factors) {
-  auto as_pair = [](const uint32_t& bits) { return *reinterpret_cast<const __nv_bfloat162*>(&bits); };
-  const __nv_bfloat162 value = as_pair(values);
-  const __nv_bfloat162 all = __hfma2(value, as_pair(factors.x), __hmul2_rn(value, as_pair(factors.y)));
+  const __nv_bfloat162 value = bf16_pair(values);
+  const __nv_bfloat162 all = __hfma2(value, bf16_pair(factors.x), __hmul2_rn(value, bf16_pair(factors.y)));
   return *reinterpret_cast<const uint32_t*>(&all);
 }
 
