@@ -177,29 +177,35 @@ __device__ __forceinline__ void store_staged(const Tile (&staging)[1], const CUt
   }
 }
 
-// 64 columns of c transposed, from column 64 `block` on, weighted by the token, as A operand of a state's update: rows
-// are this warp's 16 of those columns. kSplit: `rest` is what the rounding left.
-template <class T, bool kSplit, class Tile>
-__device__ __forceinline__ void weigh_columns(uint32_t (&weighted)[kChunk / 16][4], uint32_t (&rest)[kChunk / 16][4],
-                                              const Tile& c_tile, int block, const float* weights, float factor,
-                                              const WarpgroupLane& me) {
+// 64 columns of c transposed, from column 64 `block` on, as A operand of a state's update: rows are this warp's 16 of
+// those columns. weigh(k, i, values of two tokens): what becomes of them, element [k][i] of the operand.
+template <class Tile, class Weigh>
+__device__ __forceinline__ void for_each_pair_of_tokens(const Tile& c_tile, int block, const WarpgroupLane& me,
+                                                        Weigh weigh) {
   const auto values = tile::swizzled_units_first<Tile>(shared_address(&c_tile), 0, 2 * me.warp, me.lane);
 #pragma unroll
   for (int k = 0; k < kChunk / 16; ++k) {
     uint32_t c[4];
     ptx::ldmatrix_x4_trans(c, values.at(k * 16, 8 * block));
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int token = k * 16 + 8 * (i / 2);
-      const float2 value = tile::unpack<T>(c[i]);
-      const float low = value.x * (factor * weights[token]), high = value.y * (factor * weights[token + 1]);
-      if constexpr (kSplit) {
-        tile::split_pair<T>(low, high, weighted[k][i], rest[k][i]);
-      } else {
-        weighted[k][i] = tile::pack<T>(low, high);
-      }
-    }
+    for (int i = 0; i < 4; ++i) weigh(k, i, c[i]);
   }
+}
+// They, weighted by the token. kSplit: `rest` is what the rounding left.
+template <class T, bool kSplit, class Tile>
+__device__ __forceinline__ void weigh_columns(uint32_t (&weighted)[kChunk / 16][4], uint32_t (&rest)[kChunk / 16][4],
+                                              const Tile& c_tile, int block, const float* weights, float factor,
+                                              const WarpgroupLane& me) {
+  for_each_pair_of_tokens(c_tile, block, me, [&](int k, int i, uint32_t c) {
+    const int token = k * 16 + 8 * (i / 2);
+    const float2 value = tile::unpack<T>(c);
+    const float low = value.x * (factor * weights[token]), high = value.y * (factor * weights[token + 1]);
+    if constexpr (kSplit) {
+      tile::split_pair<T>(low, high, weighted[k][i], rest[k][i]);
+    } else {
+      weighted[k][i] = tile::pack<T>(low, high);
+    }
+  });
 }
 
 // Where the weights of a chunk's tokens begin for this lane: lambda^n, n = rows - 1 - j (reverse: j + 1).
@@ -232,22 +238,15 @@ template <class T, bool kSplit, class Tile>
 __device__ __forceinline__ void weigh_columns(uint32_t (&weighted)[kChunk / 16][4], uint32_t (&rest)[kChunk / 16][4],
                                               const Tile& c_tile, int block, const PairWeights& weights,
                                               const WarpgroupLane& me) {
-  const auto values = tile::swizzled_units_first<Tile>(shared_address(&c_tile), 0, 2 * me.warp, me.lane);
   const uint2* pairs = weights.of_tokens + me.pair;
-#pragma unroll
-  for (int k = 0; k < kChunk / 16; ++k) {
-    uint32_t c[4];
-    ptx::ldmatrix_x4_trans(c, values.at(k * 16, 8 * block));
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const uint2& weight = pairs[k * 8 + 4 * (i / 2)];
-      if constexpr (kSplit) {
-        tile::split_product(c[i], weight, weighted[k][i], rest[k][i]);
-      } else {
-        weighted[k][i] = tile::product(c[i], weight);
-      }
+  for_each_pair_of_tokens(c_tile, block, me, [&](int k, int i, uint32_t c) {
+    const uint2& weight = pairs[k * 8 + 4 * (i / 2)];
+    if constexpr (kSplit) {
+      tile::split_product(c, weight, weighted[k][i], rest[k][i]);
+    } else {
+      weighted[k][i] = tile::product(c, weight);
     }
-  }
+  });
 }
 
 // A lane's weights of a chunk's tokens, `factor` in them, in registers: they are those of the chunk before as long as
