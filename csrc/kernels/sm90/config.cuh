@@ -22,8 +22,7 @@ struct Config {
   static constexpr bool kAlone = false, kInCluster = !kBoth;  // one item to a block; shared copies (work.cuh)
   static constexpr bool kSplitsValues = kSplit && (kSlice == 64 || kBoth);
   static constexpr bool kNeedsRange = std::is_same<T, __half>::value;  // 65504 ends it, and a state may not
-  // The state's c by bfloat16 arithmetic: float16 has no numbers for small weights.
-  static constexpr bool kWeighsInPairs = kSplit && !kNeedsRange;
+  static constexpr bool kWeighsInPairs = kWeighsByPairs<T, kSplit>;
 
   using TileA = tile::SwizzledTile<T, kChunk, kTileA>;
   using TileC = tile::SwizzledTile<T, kChunk, kSlice>;

@@ -14,7 +14,7 @@ struct GatherConfig {
   using T = T_;
   static constexpr int kTileA = kTileA_, kSlice = kSlice_;
   static constexpr bool kSplit = kSplit_, kAlone = kAlone_;
-  static constexpr bool kWeighsInPairs = kSplit && !std::is_same<T, __half>::value;  // config.cuh
+  static constexpr bool kWeighsInPairs = kWeighsByPairs<T, kSplit>;
   using TileA = tile::SwizzledTile<T, kChunk, kTileA>;
   using TileC = tile::SwizzledTile<T, kChunk, kSlice>;
   static constexpr bool kIsShort = !kSplit && (kSlice > 64 || kTileA > 128);  // as the kernel behind it

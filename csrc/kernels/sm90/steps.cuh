@@ -2,6 +2,8 @@
 // waits for it.
 #pragma once
 
+#include <type_traits>
+
 #include "../ptx/ldmatrix.cuh"
 #include "../ptx/stmatrix.cuh"
 #include "../ptx/wgmma.cuh"
@@ -213,8 +215,12 @@ __device__ __forceinline__ const float* token_weights(const tile::Decay<kChunk>&
                                                       const WarpgroupLane& me) {
   return decay.against(reverse) + (me.pair * 2 + (reverse ? 1 : 1 - rows));
 }
-// The same by bfloat16 arithmetic: weights of two tokens each, `factor` in them, as sums of two bfloat16. Of a
-// warpgroup.
+// Whether a kernel weighs by bfloat16 arithmetic (float16 has no numbers for small weights). No matter of its slices:
+// the state pass and the kernel behind it may have different ones, and sums of the same bits nevertheless.
+template <class T, bool kSplit>
+constexpr bool kWeighsByPairs = kSplit && !std::is_same<T, __half>::value;
+
+// The weights for it: of two tokens each, `factor` in them, as sums of two bfloat16. Of a warpgroup.
 struct PairWeights {
   uint2 of_tokens[kChunk / 2];
 
