@@ -17,7 +17,7 @@ struct GatherConfig {
   static constexpr bool kWeighsInPairs = kWeighsByPairs<T, kSplit>;
   using TileA = tile::SwizzledTile<T, kChunk, kTileA>;
   using TileC = tile::SwizzledTile<T, kChunk, kSlice>;
-  static constexpr bool kIsShort = !kSplit && (kSlice > 64 || kTileA > 128);  // as the kernel behind it
+  static constexpr bool kIsShort = !kSplit && (kSlice > 64 || kTileA > 128);  // Schedule (work.cuh)
   static constexpr int kColsOfB = kAlone && kTileA > 64 ? 64 : kTileA;        // of a gatherer
   static constexpr int kGatherersOfC = kSlice / 64;
   static constexpr int kGatherers = kGatherersOfC * (kTileA / kColsOfB);

@@ -46,7 +46,8 @@ struct Cluster<false> {
 
 // Where the items of this block's job are, and in which order it takes them. What only every item asks for is computed
 // anew each time: consumers have no registers to keep it. kAlone: a block has one item.
-// kInCluster: it may be one of a cluster. kIsShort: find_unit's, where it was measured to pay (../DESIGN.md).
+// kInCluster: it may be one of a cluster. kIsShort: find_unit's. Any launch here could have it; why not all do
+// is in ../DESIGN.md ("Weights in pairs for out").
 template <bool kAlone, bool kInCluster = !kAlone, bool kIsShort = false>
 struct Schedule : Cluster<kInCluster> {
   using Cluster<kInCluster>::cluster;
