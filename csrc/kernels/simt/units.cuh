@@ -38,10 +38,14 @@ __device__ inline int64_t segments_of(int64_t length, int64_t segment_len) {
   return length > segment_len ? (length + segment_len - 1) / segment_len : 1;
 }
 
+template <bool kIsShort = false>
 __device__ inline int64_t segments_of(const TrilinearParams& params, int64_t length) {
-  return length > params.segment_len ? params.by_segment_len.quotient_up(length) : 1;
+  if (length <= params.segment_len) return 1;
+  if constexpr (kIsShort) return 1 + params.by_segment_len.small_quotient(static_cast<int>(length - 1));
+  return params.by_segment_len.quotient_up(length);
 }
 
+template <bool kIsShort = false>
 __device__ inline Unit unit_of(const TrilinearParams& params, int64_t sequence, int64_t batch, Span rows,
                                int64_t segment) {
   const Sizes& sizes = params.sizes;
@@ -51,7 +55,7 @@ __device__ inline Unit unit_of(const TrilinearParams& params, int64_t sequence, 
   return {sequence,
           sequence,
           segment,
-          segments_of(params, rows.length),
+          segments_of<kIsShort>(params, rows.length),
           batch,
           rows.begin + before,
           left < segment_len ? left : segment_len,
@@ -62,14 +66,14 @@ __device__ inline Unit unit_of(const TrilinearParams& params, int64_t sequence, 
 
 // Called by whole warps, every lane with the same unit_idx; every lane gets the same unit. Packed: each lane counts
 // the segments of one of 32 sequences, a scan over the warp finds the sequence unit_idx falls into. kIsShort: without
-// code for more than 2^31 units, which no launch has.
+// code for 2^31 units or tokens and more, which launches that say so refuse.
 template <bool kIsShort = false>
 __device__ inline Unit find_unit(const TrilinearParams& params, int64_t unit_idx) {
   const Sizes& sizes = params.sizes;
   if (params.units != nullptr) {
     const UnitEntry entry = params.units[unit_idx];
     if (entry.segment < 0) return {};
-    Unit unit = unit_of(params, entry.sequence, 0, {entry.seq_begin, entry.seq_length}, entry.segment);
+    Unit unit = unit_of<kIsShort>(params, entry.sequence, 0, {entry.seq_begin, entry.seq_length}, entry.segment);
     unit.state = entry.state;
     return unit;
   }
@@ -77,7 +81,8 @@ __device__ inline Unit find_unit(const TrilinearParams& params, int64_t unit_idx
     const int64_t sequence = kIsShort ? params.by_segments.small_quotient(static_cast<int>(unit_idx))
                                       : params.by_segments.quotient(unit_idx);
     if (sequence >= sizes.num_seqs) return {};
-    return unit_of(params, sequence, sequence, {0, sizes.length}, unit_idx - sequence * params.by_segments.divisor);
+    return unit_of<kIsShort>(params, sequence, sequence, {0, sizes.length},
+                             unit_idx - sequence * params.by_segments.divisor);
   }
 
   constexpr unsigned kAllLanes = 0xffffffffu;
@@ -87,7 +92,7 @@ __device__ inline Unit find_unit(const TrilinearParams& params, int64_t unit_idx
     const int64_t sequence = first_seq + lane;
     int64_t units = 0;
     if (sequence < sizes.num_seqs) {
-      units = segments_of(params, sequence_rows(params.cu_seqlens, sequence, sizes.length).length);
+      units = segments_of<kIsShort>(params, sequence_rows(params.cu_seqlens, sequence, sizes.length).length);
     }
     int64_t units_up_to = units;  // inclusive scan over the lanes
     for (int distance = 1; distance < 32; distance *= 2) {
@@ -101,7 +106,7 @@ __device__ inline Unit find_unit(const TrilinearParams& params, int64_t unit_idx
       const int64_t segment = unit_idx - __shfl_sync(kAllLanes, units_up_to - units, owner);
       const int64_t owned = first_seq + owner;
       const Span rows = sequence_rows(params.cu_seqlens, owned, sizes.length);
-      return unit_of(params, owned, 0, rows, segment);
+      return unit_of<kIsShort>(params, owned, 0, rows, segment);
     }
     units_before = __shfl_sync(kAllLanes, units_up_to, 31);
   }

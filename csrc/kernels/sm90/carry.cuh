@@ -174,7 +174,7 @@ __device__ __forceinline__ void carry_state_ahead(SharedStorage<Cfg>& smem, cons
     take_up<Cfg>(z, smem, p, job, item, reverse, me);
     const bool wants_state = job.final.data != nullptr && item.is_last;
     if (item.num_chunks > 0) {
-      HeldWeights weights;
+      HeldWeights<T> weights;
       uint32_t c[kChunk / 16][4];
       Accumulators<Cfg::kTileA / 2> sum;
       int rows = item.rows_of(item.chunk_at(0));

@@ -22,7 +22,6 @@ struct Config {
   static constexpr bool kAlone = false, kInCluster = !kBoth;  // one item to a block; shared copies (work.cuh)
   static constexpr bool kSplitsValues = kSplit && (kSlice == 64 || kBoth);
   static constexpr bool kNeedsRange = std::is_same<T, __half>::value;  // 65504 ends it, and a state may not
-  static constexpr bool kWeighsInPairs = kWeighsByPairs<T, kSplit>;
 
   using TileA = tile::SwizzledTile<T, kChunk, kTileA>;
   using TileC = tile::SwizzledTile<T, kChunk, kSlice>;
@@ -35,7 +34,9 @@ struct Config {
   // ones and gradients have no registers for it.
   static constexpr int kOutputGroups = kSlice == 64 && kTileA <= 128 && !kSplit && !kBoth ? 2 : 1;
   static constexpr bool kTakesTurns = kOutputGroups == 2;
-  static constexpr bool kIsShort = !kSplit && !kTakesTurns;   // Schedule (work.cuh)
+  // In shared memory; where a chunk's update is in flight, in registers (HeldWeights).
+  static constexpr bool kWeighsInPairs = kWeighsByPairs<T, kTileA, kSplit> && !kTakesTurns;
+  static constexpr bool kIsShort = !kSplit;                   // Schedule (work.cuh)
   static constexpr int kThreads = 128 * (2 + kOutputGroups);  // producer, output and state warpgroups
   // dk and dv leave shared memory by a warp each of the producer's warpgroup: for what one output warpgroup waits
   // there, the tensor core waits too.

@@ -14,11 +14,11 @@ struct GatherConfig {
   using T = T_;
   static constexpr int kTileA = kTileA_, kSlice = kSlice_;
   static constexpr bool kSplit = kSplit_, kAlone = kAlone_;
-  static constexpr bool kWeighsInPairs = kWeighsByPairs<T, kSplit>;
+  static constexpr bool kWeighsInPairs = kWeighsByPairs<T, kTileA, kSplit>;
   using TileA = tile::SwizzledTile<T, kChunk, kTileA>;
   using TileC = tile::SwizzledTile<T, kChunk, kSlice>;
-  static constexpr bool kIsShort = !kSplit && (kSlice > 64 || kTileA > 128);  // Schedule (work.cuh)
-  static constexpr int kColsOfB = kAlone && kTileA > 64 ? 64 : kTileA;        // of a gatherer
+  static constexpr bool kIsShort = !kSplit;                             // Schedule (work.cuh)
+  static constexpr int kColsOfB = kAlone && kTileA > 64 ? 64 : kTileA;  // of a gatherer
   static constexpr int kGatherersOfC = kSlice / 64;
   static constexpr int kGatherers = kGatherersOfC * (kTileA / kColsOfB);
   static constexpr int kThreads = 128 * (1 + kGatherers);
@@ -142,11 +142,11 @@ __device__ __forceinline__ void gather(GatherStorage<Cfg>& smem, const Trilinear
       ptx::mbarrier_wait(shared_address(&smem.full[ring.stage]), ring.parity);
       uint32_t weighted[kChunk / 16][4], rest[kChunk / 16][4];
       if constexpr (Cfg::kWeighsInPairs)
-        weigh_columns<T, true>(weighted, rest, stage.c, block, smem.pair_weights[gatherer], me);
+        weigh_columns<T, Cfg::kSplit>(weighted, rest, stage.c, block, smem.pair_weights[gatherer], me);
       else
         weigh_columns<T, Cfg::kSplit>(weighted, rest, stage.c, block, token_weights(powers, job.reverse, rows, me),
                                       update, me);
-      constexpr int kAtOnce = Cfg::kSplit || Cfg::kTileA > 128 ? 32 : 64;
+      constexpr int kAtOnce = Cfg::kSplit || Cfg::kTileA * Cfg::kGatherers > 128 ? 32 : 64;
       update_rows<T, Cfg::kSplit, kAtOnce>(z, weighted, rest, stage.b, powers.ascending()[rows], first_of_b);
       release_stage(smem.empty[ring.stage], schedule.cluster, me.lane);
     }

@@ -217,8 +217,8 @@ __device__ __forceinline__ const float* token_weights(const tile::Decay<kChunk>&
 }
 // Whether a kernel weighs by bfloat16 arithmetic (float16 has no numbers for small weights). No matter of its slices:
 // the state pass and the kernel behind it may have different ones, and sums of the same bits nevertheless.
-template <class T, bool kSplit>
-constexpr bool kWeighsByPairs = kSplit && !std::is_same<T, __half>::value;
+template <class T, int kTileA, bool kSplit>
+constexpr bool kWeighsByPairs = !std::is_same<T, __half>::value && (kSplit || kTileA <= 128);
 
 // The weights for it: of two tokens each, `factor` in them, as sums of two bfloat16. Of a warpgroup.
 struct PairWeights {
@@ -257,8 +257,10 @@ __device__ __forceinline__ void weigh_columns(uint32_t (&weighted)[kChunk / 16][
 
 // A lane's weights of a chunk's tokens, `factor` in them, in registers: they are those of the chunk before as long as
 // chunks are whole.
+template <class T>
 struct HeldWeights {
-  float token[kChunk / 16][4];
+  static constexpr bool kInPairs = !std::is_same<T, __half>::value;
+  std::conditional_t<kInPairs, uint2, float2> of_tokens[kChunk / 16][2];
   int rows = -1;
 
   __device__ __forceinline__ void load(const tile::Decay<kChunk>& decay, bool reverse, int wanted_rows, float factor,
@@ -269,7 +271,14 @@ struct HeldWeights {
 #pragma unroll
     for (int k = 0; k < kChunk / 16; ++k)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) token[k][i] = factor * from[k * 16 + 8 * (i / 2) + i % 2];
+      for (int half = 0; half < 2; ++half) {
+        const float low = factor * from[k * 16 + 8 * half], high = factor * from[k * 16 + 8 * half + 1];
+        if constexpr (kInPairs) {
+          tile::split_pair<T>(low, high, of_tokens[k][half].x, of_tokens[k][half].y);
+        } else {
+          of_tokens[k][half] = {low, high};
+        }
+      }
   }
 };
 
@@ -283,14 +292,18 @@ __device__ __forceinline__ void load_columns(uint32_t (&c)[kChunk / 16][4], cons
 }
 template <class T>
 __device__ __forceinline__ void weigh_columns(uint32_t (&weighted)[kChunk / 16][4], const uint32_t (&c)[kChunk / 16][4],
-                                              const HeldWeights& weights) {
+                                              const HeldWeights<T>& weights) {
 #pragma unroll
   for (int k = 0; k < kChunk / 16; ++k)
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float2 value = tile::unpack<T>(c[k][i]);
-      const float* weight = &weights.token[k][i / 2 * 2];
-      weighted[k][i] = tile::pack<T>(value.x * weight[0], value.y * weight[1]);
+      const auto& weight = weights.of_tokens[k][i / 2];
+      if constexpr (HeldWeights<T>::kInPairs) {
+        weighted[k][i] = tile::product(c[k][i], weight);
+      } else {
+        const float2 value = tile::unpack<T>(c[k][i]);
+        weighted[k][i] = tile::pack<T>(value.x * weight.x, value.y * weight.y);
+      }
     }
 }
 
