@@ -131,6 +131,17 @@ double packed_item_us(const Problem& p, int slice) {
   return slice == 64 ? kPackedItemUs64 : kPackedItemUs128;
 }
 
+// What an extend's device needs to leave whole the requests that would not gain by a cut.
+void set_lanes(const Problem& p, const DeviceProps& device, Plan* plan) {
+  const Tile& tile = plan->tiles[0];
+  const int cluster = plan->clusters[0];
+  const int64_t blocks = ceil_div(ceil_div(p.dim_v, tile.slice), cluster) * cluster * p.heads;
+  const double us_of_token = find(tile.tile_a, tile.slice)->out * (1 + kBusy) / kChunk;
+  plan->lanes = static_cast<double>(resident_blocks(device, cluster)) / static_cast<double>(blocks);
+  plan->item_tokens = packed_item_us(p, tile.slice) / us_of_token;
+  plan->pass_tokens = (kStatePassUs + kCombineUs) / us_of_token;
+}
+
 // A launch of `width` blocks for each unit and head, which moves `bytes`. item_us: packed_item_us of the main pass.
 double launch_us(const DeviceProps& device, const Walk& walk, int64_t width, int cluster, double share, double chunk_us,
                  double bytes, double item_us = 0) {
@@ -259,6 +270,7 @@ Status plan_sm90(const Problem& p, const DeviceProps& device, const Forced& forc
       if (!p.backward) choose_state_tile(0, p.dim_k, p.dim_v);  // also for snapshots, where nothing is cut
       if (cut) {
         set_pieces(p, forced, &candidate);
+        if (p.is_extend && forced.segments == 0) set_lanes(p, device, &candidate);
         const bool combines = candidate.num_segments > 2 || candidate.num_pieces > 1;
         us += kStatePassUs + (combines ? kCombineUs : 0);
         auto add_states = [&](int launch, int64_t dim_a, int64_t dim_c, int jobs) {

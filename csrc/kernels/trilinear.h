@@ -58,7 +58,7 @@ struct UnitEntry {
   int64_t seq_begin, seq_length;
   int32_t sequence, state;  // whose slope; which state (or entry of State::slots)
   int32_t segment;          // -1: no unit, and none behind it
-  int32_t unused;
+  int32_t num_segments;     // 1: all rows, however many segments of segment_len they would be
 };
 
 struct TrilinearParams {

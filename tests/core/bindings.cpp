@@ -87,6 +87,9 @@ PYBIND11_MODULE(la2_core, m) {
       .def_readonly("local_states", &la2::Plan::local_states)
       .def_readonly("num_pieces", &la2::Plan::num_pieces)
       .def_readonly("piece_chunks", &la2::Plan::piece_chunks)
+      .def_readonly("lanes", &la2::Plan::lanes)
+      .def_readonly("item_tokens", &la2::Plan::item_tokens)
+      .def_readonly("pass_tokens", &la2::Plan::pass_tokens)
       .def_readonly("dot_floats", &la2::Plan::dot_floats)
       .def_readonly("predicted_us", &la2::Plan::predicted_us)
       .def_property_readonly("clusters",

@@ -277,6 +277,21 @@ def test_few_heads_of_many_requests_are_cut_in_narrow_slices(core):
         assert many.num_segments == 1 and many.tiles[0].slice == 128
 
 
+def test_the_device_may_leave_an_extend_whole(core):
+    """Where its sequences may be cut, and LA2_PLAN does not say so: eight heads in two slices each on 132 SMs."""
+
+    def plan(forced="", **changes):
+        problem = core.problem("1,8,16384,128,128,bf16,packed=20")
+        for name, value in ({"is_extend": True} | changes).items():
+            setattr(problem, name, value)
+        return core.plan(problem, core.device("sm_90x132"), forced)
+
+    free = plan()
+    assert free.num_segments > 1 and free.lanes == 132 / 16 and 0 < free.item_tokens < free.pass_tokens < 2048
+    for other in (plan("segments=8"), plan("segments=1"), plan(heads=64), plan(is_extend=False), plan("family=sm80")):
+        assert other.lanes == other.item_tokens == other.pass_tokens == 0
+
+
 def test_short_calls_take_the_kernels_that_start_soonest(core):
     """On Hopper the portable ones (csrc/kernels/DESIGN.md), where no plan of the others was forced."""
     device = core.device("sm_90x132")

@@ -527,6 +527,36 @@ def test_aligned_cuts_are_exact(monkeypatch, dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("pool_dtype", (FP32, BF16))
+def test_pool_with_its_slots_scattered(monkeypatch, pool_dtype):
+    """[H, slots, D, E] in memory: of such slots no copies are made, so nothing is cut."""
+    monkeypatch.setenv("LA2_PLAN", "segments=3")
+    lengths = (700, 1, 64, 300)
+    x = Problem("cuda", lengths, slots=slots_of(lengths, apart=False), dtype=BF16, dims=(128, 128), heads=3,
+                pool_dtype=pool_dtype, slope="usual")  # fmt: skip
+    x.state = x.state.transpose(0, 1).contiguous().transpose(0, 1)
+    x.run_and_check()
+
+
+@pytest.mark.gpu
+def test_requests_are_cut_where_it_gains(monkeypatch):
+    """The device decides by the lengths: of alike ones none is cut, of unlike ones the long one; its state tells."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("decided on Hopper alone")
+    for lengths, cuts in (((819,) * 20, False), ((8192, *[431] * 19), True)):
+        x = Problem("cuda", lengths, dtype=BF16, dims=(128, 128), heads=8, slope="none")
+        before = x.state.clone()
+        free = x.state.clone()
+        out = x.run(free)
+        x.check(out, before, free)
+        monkeypatch.setenv("LA2_PLAN", "slice=64,segments=1")
+        x.run()
+        changed = [r for r in range(len(lengths)) if not torch.equal(free[r], x.state[r])]
+        assert changed == ([0] if cuts else [])
+        monkeypatch.delenv("LA2_PLAN")
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("plan", ("", "segments=1", "segments=3"))
 @pytest.mark.parametrize("dtype", (FP32, BF16))
 def test_graph(monkeypatch, dtype, plan):

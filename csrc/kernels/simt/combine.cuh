@@ -9,6 +9,7 @@
 
 #include "../../core/decay.h"
 #include "../ptx/launch_order.cuh"
+#include "element.cuh"
 #include "units.cuh"
 #include "vec.cuh"
 
@@ -20,13 +21,20 @@ constexpr int kCombineThreads = 256;
 // sequences are short. Opaque states of two segments are as they should be, unless they came in pieces.
 __device__ inline bool has_segments(const TrilinearParams& params, int64_t index) {
   const bool is_opaque = params.local_floats != 0;
-  const int64_t longest = params.segment_len * (params.num_pieces > 1 ? 1 : 2);
+  const int most = params.num_pieces > 1 ? 1 : 2;
   if (params.units != nullptr) {
     const UnitEntry& entry = params.units[index];
-    return entry.segment == 0 && (!is_opaque || entry.seq_length > longest);
+    return entry.segment == 0 && (!is_opaque || entry.num_segments > most);
   }
   if (params.cu_seqlens.data == nullptr || !is_opaque) return true;
-  return sequence_rows(params.cu_seqlens, index, params.sizes.length).length > longest;
+  return sequence_rows(params.cu_seqlens, index, params.sizes.length).length > params.segment_len * most;
+}
+
+// Whether nothing is to be done from `index` on, in a table of units: those of requests that are cut come first.
+__device__ inline bool is_behind_all(const TrilinearParams& params, int64_t index) {
+  if (params.units == nullptr) return false;
+  const UnitEntry& entry = params.units[index];
+  return entry.segment < 0 || (params.local_floats != 0 && entry.num_segments == 1);
 }
 
 // One sequence (has_segments) and head: what is known before anything was gathered, and then its elements. kIsOpaque:
@@ -60,12 +68,7 @@ class Combination {
   // Elements [element, element + kSize) of every segment's state.
   __device__ void combine(int64_t element) const {
     Vec<T> z{};
-    if (!kIsOpaque && job_.initial.data != nullptr) {
-      const State& s = job_.initial;
-      const T* from = static_cast<const T*>(s.data) + slot_of(s, state_) * s.stride_s + head_ * s.stride_h +
-                      element / job_.dim_c * s.stride_d + element % job_.dim_c * s.stride_e;
-      for (int i = 0; i < kSize; ++i) z.x[i] = from[i * s.stride_e];
-    }
+    if constexpr (!kIsOpaque) load_initial(z, element);
     // Opaque states: what leaves segment g takes the place of local(g), and the first one is as it should be, unless it
     // came in pieces.
     T* place = first_ + element;
@@ -91,6 +94,19 @@ class Combination {
   }
 
  private:
+  __device__ void load_initial(Vec<T>& z, int64_t element) const {
+    const State& s = job_.initial;
+    if (s.data == nullptr) return;
+    const int64_t slot = slot_of(s, state_);
+    if (slot < 0) return;
+    const int64_t offset =
+        slot * s.stride_s + head_ * s.stride_h + element / job_.dim_c * s.stride_d + element % job_.dim_c * s.stride_e;
+    with_state_type<T>(s.is_bf16, [&](auto element_in_memory) {
+      const auto* from = static_cast<const decltype(element_in_memory)*>(s.data) + offset;
+      for (int i = 0; i < kSize; ++i) z.x[i] = to_acc(from[i * s.stride_e]);
+    });
+  }
+
   // The other pieces of segments first, first + 1, .., the first of which has its elements at `place`.
   __device__ void add_pieces(Vec<T> (&gathered)[kAhead], const T* place, int first) const {
     const int most = max(pieces_, pieces_of_first_);
@@ -125,6 +141,7 @@ __global__ void __launch_bounds__(kCombineThreads)
   ptx::launch_dependents();
   for (int item = blockIdx.x; item < num_items; item += gridDim.x) {
     const int group = item / element_blocks, index = params.by_heads.small_quotient(group);
+    if (is_behind_all(params, index)) break;
     if (!has_segments(params, index)) continue;
     const Elements elements(params, job, index, group - index * static_cast<int>(params.sizes.heads));
     if (!has_waited) ptx::wait_for_previous_kernel();

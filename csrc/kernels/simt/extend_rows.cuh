@@ -2,7 +2,7 @@
 // of none (the state moves), padding and the rows behind the last request (zero).
 //
 // As in recurrent.cuh a block takes all of D for a slice of E of one state; the blocks of longer requests go at once,
-// or copy the initial state to `dense`, where its slot may be written before it is read.
+// or copy the initial state where its slot may be written before it is read.
 #pragma once
 
 #include "../ptx/launch_order.cuh"
@@ -18,14 +18,13 @@ __host__ __device__ inline int64_t tail_blocks(int64_t tokens) { return tokens <
 // What a block does with its part of a state.
 struct ExtendWork {
   Place place;                            // row: the token (of one); slot: where the state is read
-  int64_t request, write_slot;            // of the pool, or of `dense`
+  int64_t request, write_slot;            // of the pool, or of the copies
   int64_t zero_row, zero_end, zero_step;  // rows that become zero
-  bool has_token, reads, writes, to_dense;
+  bool has_token, reads, writes, copies;
 };
 
 template <int kSlice>
-__device__ __forceinline__ ExtendWork find_extend_work(const ExtendParams& params, const ExtendTables& tables,
-                                                       bool wants_dense) {
+__device__ __forceinline__ ExtendWork find_extend_work(const ExtendParams& params, const ExtendTables& tables) {
   const unsigned num_slices = (static_cast<unsigned>(params.dim_v) + kSlice - 1) / kSlice;
   const unsigned heads = static_cast<unsigned>(params.heads);
   ExtendWork work{};
@@ -60,8 +59,8 @@ __device__ __forceinline__ ExtendWork find_extend_work(const ExtendParams& param
     work.writes = work.writes && read_slot != write_slot;
     work.reads = work.reads && work.writes;
   } else {
-    work.write_slot = wants_dense ? tables.dense_slots[request] : -1;
-    work.writes = work.to_dense = work.write_slot >= 0;
+    work.write_slot = tables.copy_slots[request];
+    work.writes = work.copies = work.write_slot >= 0;
     work.reads = work.reads && work.writes;
   }
   return work;
@@ -81,12 +80,11 @@ __device__ __forceinline__ void zero_rows(const ExtendParams& params, const Exte
     *reinterpret_cast<uint4*>(out + r * params.out.stride_n) = {0, 0, 0, 0};
 }
 
-// Grid: slices x heads x (requests + tail_blocks), slices fastest. `dense` has the pool's order.
+// Grid: slices x heads x (requests + tail_blocks), slices fastest.
 template <class Part>
 __global__ void __launch_bounds__(Part::kThreads, Part::kMinBlocks)
     la2_extend_rows_simt_kernel(const __grid_constant__ ExtendParams params,
-                                const __grid_constant__ ExtendTables tables,
-                                const __grid_constant__ MutableState dense) {
+                                const __grid_constant__ ExtendTables tables) {
   using T = typename Part::T;
   using P = typename Part::P;
   using Acc = typename Part::Acc;
@@ -95,7 +93,7 @@ __global__ void __launch_bounds__(Part::kThreads, Part::kMinBlocks)
 
   ptx::wait_for_previous_kernel();
   ptx::launch_dependents();
-  const ExtendWork work = find_extend_work<Part::kSlice>(params, tables, dense.data != nullptr);
+  const ExtendWork work = find_extend_work<Part::kSlice>(params, tables);
   const Place& place = work.place;
   if (work.zero_step != 0) return zero_rows<T>(params, work);
   Part part(params.dim_k, place.cols);
@@ -105,10 +103,9 @@ __global__ void __launch_bounds__(Part::kThreads, Part::kMinBlocks)
   if (!work.has_token) {  // the state moves as it is
     if (!work.writes) return;
     load();
-    if (work.to_dense)
-      part.store(StateView<Acc>(dense, place, work.write_slot));
-    else
-      part.store(StateView<P>(params.state, place, work.write_slot));
+    MutableState to = params.state;
+    if (work.copies) to.data = tables.copies.data, to.stride_s = tables.copies.stride_s;
+    part.store(StateView<P>(to, place, work.write_slot));
     return;
   }
 

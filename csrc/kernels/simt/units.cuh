@@ -45,23 +45,26 @@ __device__ inline int64_t segments_of(const TrilinearParams& params, int64_t len
   return params.by_segment_len.quotient_up(length);
 }
 
-template <bool kIsShort = false>
 __device__ inline Unit unit_of(const TrilinearParams& params, int64_t sequence, int64_t batch, Span rows,
-                               int64_t segment) {
-  const Sizes& sizes = params.sizes;
+                               int64_t segment, int64_t num_segments) {
   const int64_t segment_len = params.segment_len;
   const int64_t before = segment * segment_len;
   const int64_t left = rows.length - before;
   return {sequence,
           sequence,
           segment,
-          segments_of<kIsShort>(params, rows.length),
+          num_segments,
           batch,
           rows.begin + before,
-          left < segment_len ? left : segment_len,
-          batch * sizes.length + rows.begin,
+          num_segments == 1 || left < segment_len ? left : segment_len,
+          batch * params.sizes.length + rows.begin,
           rows.length,
           true};
+}
+template <bool kIsShort = false>
+__device__ inline Unit unit_of(const TrilinearParams& params, int64_t sequence, int64_t batch, Span rows,
+                               int64_t segment) {
+  return unit_of(params, sequence, batch, rows, segment, segments_of<kIsShort>(params, rows.length));
 }
 
 // Called by whole warps, every lane with the same unit_idx; every lane gets the same unit. Packed: each lane counts
@@ -73,7 +76,8 @@ __device__ inline Unit find_unit(const TrilinearParams& params, int64_t unit_idx
   if (params.units != nullptr) {
     const UnitEntry entry = params.units[unit_idx];
     if (entry.segment < 0) return {};
-    Unit unit = unit_of<kIsShort>(params, entry.sequence, 0, {entry.seq_begin, entry.seq_length}, entry.segment);
+    Unit unit =
+        unit_of(params, entry.sequence, 0, {entry.seq_begin, entry.seq_length}, entry.segment, entry.num_segments);
     unit.state = entry.state;
     return unit;
   }

@@ -194,9 +194,18 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
   GatherStorage<Cfg>& smem = *reinterpret_cast<GatherStorage<Cfg>*>(raw);
   const TrilinearJob& job = p.jobs[blockIdx.y];
   const int cluster = static_cast<int>(ptx::cluster_size());
+  ptx::launch_dependents();
+  if (p.units != nullptr) {
+    // Nothing is cut from here on, or there are no more units. Whoever waits for this kernel waits for that one too.
+    const UnitEntry& first = PieceSchedule<Cfg::kAlone, Cfg::kIsShort>(job).first_entry(p);
+    if (!p.states_alone && first.num_segments == 1) {
+      if (blockIdx.x == 0) ptx::wait_for_previous_kernel();
+      return;
+    }
+  }
   if (threadIdx.x == 0) init_barriers(smem, cluster);
   __syncthreads();
-  ptx::launch_dependents();
+  ptx::wait_for_previous_kernel();
   if (cluster > 1) ptx::cluster_sync();
 
   if (threadIdx.x >= 128) {

@@ -151,12 +151,13 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
   const TrilinearJob& job = p.jobs[blockIdx.y];
   const JobMaps* job_maps = &maps.jobs[blockIdx.y];
   const int cluster = static_cast<int>(ptx::cluster_size());
-  if (p.units != nullptr) {  // more blocks than the device found units for: nothing to do
-    const Schedule<Cfg::kAlone, Cfg::kInCluster, Cfg::kIsShort> schedule(job);
-    if (p.units[p.by_heads.small_quotient(schedule.unit_and_head(schedule.first()))].segment < 0) {
+  if (p.units != nullptr) {
+    const UnitEntry& first = Schedule<Cfg::kAlone, Cfg::kInCluster, Cfg::kIsShort>(job).first_entry(p);
+    if (first.segment < 0) {  // more blocks than the device found units for: nothing to do
       if (blockIdx.x == 0) ptx::wait_for_previous_kernel();  // as below
       return;
     }
+    if (first.num_segments == 1) reads_previous = false;  // nor has any unit behind it a state from the passes before
   }
 
   if (threadIdx.x == 0) {

@@ -71,6 +71,11 @@ struct Schedule : Cluster<kInCluster> {
   __device__ int clusters_of(int blocks) const { return blocks >> (__ffs(cluster) - 1); }
   __device__ int unit_and_head(int index) const { return by_groups.small_quotient(index); }
 
+  // Of a table of units: the one that this block begins with.
+  __device__ const UnitEntry& first_entry(const TrilinearParams& params) const {
+    return params.units[params.by_heads.small_quotient(unit_and_head(first()))];
+  }
+
   // Slices fastest, then heads, then units. Whole warps, every lane with the same index.
   __device__ Item item(const TrilinearParams& params, const TrilinearJob& job, int index, int slice_cols) const {
     const int heads = static_cast<int>(params.sizes.heads);
