@@ -289,13 +289,6 @@ Status make_plan(const Problem& p, const DeviceProps& device, const std::string&
   return Status::ok();
 }
 
-void do_not_cut(int64_t tokens, Plan* plan) {
-  plan->segment_len = ceil_div(std::max<int64_t>(tokens, 1), kSegmentStep) * kSegmentStep;
-  plan->num_segments = 1;
-  plan->num_pieces = 1;
-  plan->local_states = 0;
-}
-
 std::string describe(const Problem& p, const DeviceProps& device, const Plan& plan) {
   std::ostringstream line;
   line << (p.backward ? "backward" : "forward") << ' ' << dtype_text(p.dtype) << " B=" << p.batch << " H=" << p.heads

@@ -60,15 +60,15 @@ struct Plan {
   // the last one what is left.
   int num_pieces = 1;
   int64_t piece_chunks = 0;
-  // sm90, extend, where sequences are cut and LA2_PLAN does not say into how many: sequences that are walked side by
-  // side, and what one costs besides its own tokens, and the passes before the main one, in tokens. By these the
-  // device, which knows the lengths, leaves whole what would not gain (simt/extend.h). 0: it does not.
-  double lanes = 0, item_tokens = 0, pass_tokens = 0;
+  // sm90, extend: what the device, which knows the lengths, needs to deal units out to blocks, and to leave whole what
+  // would not gain by a cut (simt/extend.h). Units that are walked side by side, 0: it does not deal; what one costs
+  // besides its own tokens, and what the passes before the main one cost, in tokens; cut whatever LA2_PLAN says, or
+  // not.
+  int lanes = 0;
+  int64_t item_tokens = 1, pass_tokens = 0;
+  bool cuts_if_it_gains = false;
   double predicted_us = 0;
 };
-
-// The same plan with every sequence in one segment.
-void do_not_cut(int64_t tokens, Plan* plan);
 
 // Fails with a sentence where no kernel serves the problem. `forced` is the value of LA2_PLAN: a comma-separated list
 // of key=value out of family=simt|sm80|sm90, slice=64|128, segments=N; sm90: cluster=1|2|4, blocks=N for each that is

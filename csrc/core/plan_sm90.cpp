@@ -42,6 +42,7 @@ constexpr double kBytesInL2 = 40e6;   // of b and c, which the main pass then fi
 constexpr double kPackedItemUs64 = 2.0, kPackedItemUs128 = 8.0, kExtendItemUs64 = 6.0, kExtendItemUs128 = 14.0;
 constexpr int kBytes = 2;
 constexpr int64_t kMostTurns = 1000;  // blocks of a launch for each that is resident
+constexpr int64_t kMostLanes = 256;   // simt/extend.h
 
 // This family has a tile of 192 besides.
 int tile_for(int64_t dim_a) { return dim_a > 128 && dim_a <= 192 ? 192 : tile_a_for(dim_a); }
@@ -54,9 +55,11 @@ const Sm90Cost* find(int tile_a, int slice) {
 
 // Slices side by side in a cluster: pairs where they come out even. Four at a time lost: with two stages a block waits
 // for its copies, and for the slowest of four (csrc/kernels/DESIGN.md).
-int cluster_for(int64_t slices, const Forced& forced) {
+// None in packed forwards of several sequences where D is up to 128: there blocks of unlike items start one by one.
+int cluster_for(const Problem& p, int64_t slices, const Forced& forced) {
   if (forced.cluster != 0) return static_cast<int>(forced.cluster);
-  return slices % 2 == 0 ? 2 : 1;
+  const bool is_alone = p.packed && p.num_seqs > 1 && !p.backward && p.dim_k <= 128;
+  return slices % 2 == 0 && !is_alone ? 2 : 1;
 }
 
 // Blocks that are resident at once. An SM holds one; of clusters of 4, 30 fit into the 132 SMs of an H100 or H200.
@@ -131,15 +134,18 @@ double packed_item_us(const Problem& p, int slice) {
   return slice == 64 ? kPackedItemUs64 : kPackedItemUs128;
 }
 
-// What an extend's device needs to leave whole the requests that would not gain by a cut.
-void set_lanes(const Problem& p, const DeviceProps& device, Plan* plan) {
+// What an extend's device needs to know of the plan.
+void set_lanes(const Problem& p, const DeviceProps& device, const Forced& forced, Plan* plan) {
+  if (forced.blocks != 0) return;
   const Tile& tile = plan->tiles[0];
-  const int cluster = plan->clusters[0];
-  const int64_t blocks = ceil_div(ceil_div(p.dim_v, tile.slice), cluster) * cluster * p.heads;
   const double us_of_token = find(tile.tile_a, tile.slice)->out * (1 + kBusy) / kChunk;
-  plan->lanes = static_cast<double>(resident_blocks(device, cluster)) / static_cast<double>(blocks);
-  plan->item_tokens = packed_item_us(p, tile.slice) / us_of_token;
-  plan->pass_tokens = (kStatePassUs + kCombineUs) / us_of_token;
+  const int cluster = plan->clusters[0];
+  const int64_t blocks = ceil_div(ceil_div(p.dim_v, tile.slice), cluster) * cluster * std::max<int64_t>(p.heads, 1);
+  plan->lanes = static_cast<int>(std::min(resident_blocks(device, cluster) / blocks, kMostLanes));
+  if (plan->lanes > 0) plan->max_blocks[0] = plan->lanes * blocks;
+  plan->item_tokens = std::max<int64_t>(1, std::llround(packed_item_us(p, tile.slice) / us_of_token));
+  plan->pass_tokens = std::llround((kStatePassUs + kCombineUs) / us_of_token);
+  plan->cuts_if_it_gains = plan->num_segments > 1 && plan->lanes > 0 && forced.segments == 0;
 }
 
 // A launch of `width` blocks for each unit and head, which moves `bytes`. item_us: packed_item_us of the main pass.
@@ -228,7 +234,7 @@ Status plan_sm90(const Problem& p, const DeviceProps& device, const Forced& forc
         const Sm90Cost* cost = find(tile_for(dim_a), wanted_slice);
         if (cost == nullptr) return false;
         const int64_t slices = ceil_div(dim_c, wanted_slice);
-        const int cluster = cluster_for(slices, forced);
+        const int cluster = cluster_for(p, slices, forced);
         candidate.tiles[launch] = {cost->tile_a, wanted_slice, kChunk};
         candidate.clusters[launch] = cluster;
         candidate.max_blocks[launch] = most_blocks(p, device, cluster, forced);
@@ -262,15 +268,15 @@ Status plan_sm90(const Problem& p, const DeviceProps& device, const Forced& forc
         if (slice == 128 || !add(0, p.dim_v, p.dim_k, slice, 2) || !add(1, p.dim_k, p.dim_v, slice, 1)) continue;
         us += kDqUs;
       }
+      if (p.is_extend) set_lanes(p, device, forced, &candidate);
       auto choose_state_tile = [&](int launch, int64_t dim_a, int64_t dim_c) {
         const int tile_a = tile_for(dim_a), slice_c = dim_c <= 64 || tile_a > 128 ? 64 : 128;
         candidate.state_tiles[launch] = {tile_a, slice_c, kChunk};
-        candidate.state_clusters[launch] = cluster_for(ceil_div(dim_c, slice_c), forced);
+        candidate.state_clusters[launch] = cluster_for(p, ceil_div(dim_c, slice_c), forced);
       };
       if (!p.backward) choose_state_tile(0, p.dim_k, p.dim_v);  // also for snapshots, where nothing is cut
       if (cut) {
         set_pieces(p, forced, &candidate);
-        if (p.is_extend && forced.segments == 0) set_lanes(p, device, &candidate);
         const bool combines = candidate.num_segments > 2 || candidate.num_pieces > 1;
         us += kStatePassUs + (combines ? kCombineUs : 0);
         auto add_states = [&](int launch, int64_t dim_a, int64_t dim_c, int jobs) {

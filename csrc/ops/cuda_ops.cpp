@@ -413,7 +413,7 @@ void check_numbers(ExtendParams p, const OptTensor& slope, cudaStream_t stream) 
 // int64 elements of device memory for the tables.
 constexpr int64_t kUnitEntry = sizeof(UnitEntry) / sizeof(int64_t);
 int64_t table_elements(const ExtendParams& p, const Plan& plan) {
-  return 6 * p.requests + kUnitEntry * plan.num_units + (kUnitEntry + 2) * p.snapshots;
+  return 4 * p.requests + kUnitEntry * plan.num_units * (1 + plan.lanes) + (kUnitEntry + 2) * p.snapshots;
 }
 
 simt::ExtendTables extend_tables(const Tensor& memory, const ExtendParams& p, const Plan& plan) {
@@ -425,45 +425,22 @@ simt::ExtendTables extend_tables(const Tensor& memory, const ExtendParams& p, co
   };
   simt::ExtendTables tables{};
   tables.units = reinterpret_cast<UnitEntry*>(take(kUnitEntry * plan.num_units));
+  tables.lanes.count = plan.lanes;
+  tables.lanes.item_tokens = plan.item_tokens;
+  tables.lanes.walks = reinterpret_cast<UnitEntry*>(take(kUnitEntry * plan.num_units * plan.lanes));
   tables.snapshot_units = reinterpret_cast<UnitEntry*>(take(kUnitEntry * p.snapshots));
   tables.begins = take(p.requests);
   tables.lengths = take(p.requests);
   tables.read_slots = take(p.requests);
   tables.write_slots = take(p.requests);
-  tables.copy_slots = take(p.requests);
-  tables.initial_offsets = take(p.requests);
   tables.snapshot_read_slots = take(p.snapshots);
   tables.snapshot_write_slots = take(p.snapshots);
   tables.num_units = plan.num_units;
   return tables;
 }
 
-// Elements of a pool's memory from the first of a slot's to behind its last.
-int64_t slot_extent(const ExtendParams& p) {
-  return 1 + (p.heads - 1) * p.state.stride_h + (p.dim_k - 1) * p.state.stride_d + (p.dim_v - 1) * p.state.stride_e;
-}
-
-// Room for copies of the states of `count` requests, a slot's extent each.
-Tensor memory_of_copies(const Extend& args, int64_t count) {
-  constexpr int64_t kAligned = 64;
-  const int64_t elements = (slot_extent(args.params) + kAligned - 1) / kAligned * kAligned;
-  return empty_contiguous(args.attention.q, {count, elements}, args.state.scalar_type());
-}
-simt::Copies copies_in(const Tensor& memory, const Extend& args) {
-  char* const pool = static_cast<char*>(args.params.state.data);
-  char* const copies = static_cast<char*>(memory.mutable_data_ptr());
-  const auto size = static_cast<int64_t>(args.state.element_size());
-  const int64_t apart = (copies - pool) / size;
-  return {copies, memory.size(0), memory.stride(0), apart < 0 ? -apart : 0, apart < 0 ? 0 : apart};
-}
-
 State with_slots(const MutableState& s, const int64_t* slots) {
   return {s.data, s.stride_s, s.stride_h, s.stride_d, s.stride_e, slots, s.is_bf16};
-}
-// Of the pool or a copy, whichever a request reads.
-State with_copies(const MutableState& pool, const simt::ExtendTables& tables) {
-  void* const first = tables.copies.pool_offset > 0 ? tables.copies.data : pool.data;
-  return {first, 1, pool.stride_h, pool.stride_d, pool.stride_e, tables.initial_offsets, pool.is_bf16};
 }
 
 Tensor extend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& state, const Tensor& cu_seqlens,
@@ -490,35 +467,24 @@ Tensor extend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& s
   Plan plan = plan_for(attention, false, false, true, device, true);
   attention.sizes.num_seqs = most_requests;
   const bool is_sm90 = plan.family == Family::kSm90;
-  // No copies of a slot that lies scattered over the pool.
-  if (is_sm90 && slot_extent(p) > 2 * p.heads * p.dim_k * p.dim_v) do_not_cut(p.tokens, &plan);
   plan.num_units = most_requests + p.tokens / plan.segment_len;
   const bool is_cut = plan.num_segments > 1;
   if (is_sm90 && plan.max_blocks[0] == 0) {
     // How many units there are the host does not know: blocks that take turns at them make the absent ones cheap,
-    // several to an SM even out unlike lengths, which few tokens do not have.
-    const int64_t blocks_per_sm = p.tokens < 2 * kLikelyTokens ? 1 : 8;
-    const int cluster = plan.clusters[0];
-    plan.max_blocks[0] = blocks_per_sm * std::max(device.props().num_sms / cluster, 1) * cluster;
+    // several to an SM even out unlike lengths.
+    constexpr int64_t kBlocksOfSm = 8;
+    plan.max_blocks[0] = kBlocksOfSm * (device.props().num_sms & ~3);
   }
 
   const Tensor tables_memory = empty_contiguous(q, {table_elements(p, plan)}, ScalarType::Long);
   simt::ExtendTables tables = extend_tables(tables_memory, p, plan);
-  // Segments run side by side: the last one may be done with a slot before the first one reads it. (Portable kernels
-  // read it in the combine pass.)
-  const bool makes_copies = is_sm90 && is_cut;
-  const Tensor copies = memory_of_copies(args, makes_copies ? p.tokens / plan.segment_len : 0);
-  if (makes_copies) tables.copies = copies_in(copies, args);
   // On Hopper requests of one segment, which come last, have no part in the passes before the main one: a longer one
   // has at most two segments for each segment_len tokens.
   const int64_t all_units = plan.num_units;
   if (is_sm90 && is_cut) plan.num_units = std::min(all_units, 2 * p.tokens / plan.segment_len);
   tables.long_units = plan.num_units;
   tables.long_len = 2 * p.tokens / std::max<int64_t>(p.requests, 1);
-  if (is_cut) {
-    tables.cutting = {plan.segment_len, static_cast<float>(plan.lanes), static_cast<float>(plan.item_tokens),
-                      static_cast<float>(plan.pass_tokens)};
-  }
+  if (is_cut) tables.cutting = {plan.segment_len, plan.cuts_if_it_gains, plan.pass_tokens};
   check_cuda(op, "launching the plan", simt::launch_extend_plan(p, tables, device.stream()));
 
   TrilinearParams params = common_params(attention, plan);  // num_units of the passes before the main one
@@ -549,13 +515,17 @@ Tensor extend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& s
 
   check_cuda(op, "launching the short requests", simt::launch_extend_rows(p, tables, is_sm90, device.stream()));
   if (most_requests == 0) return out;
-  job.initial = makes_copies ? with_copies(p.state, tables) : with_slots(p.state, tables.read_slots);
+  job.initial = with_slots(p.state, tables.read_slots);
   job.final = p.state;
   job.final.slots = tables.write_slots;
   const Tensor local = empty_local_states(attention, plan, 0, p.dim_k, p.dim_v);
   job.local = local_state(local, p.dim_v);
   enter_segments(attention, plan, 0, params, false, device);
   params.num_units = all_units;
+  if (plan.lanes > 0) {
+    params.units = tables.lanes.walks;
+    params.num_units *= plan.lanes;
+  }
   launch(attention, plan, 0, params, false, false, device);
   return out;
 }

@@ -89,6 +89,7 @@ PYBIND11_MODULE(la2_core, m) {
       .def_readonly("piece_chunks", &la2::Plan::piece_chunks)
       .def_readonly("lanes", &la2::Plan::lanes)
       .def_readonly("item_tokens", &la2::Plan::item_tokens)
+      .def_readonly("cuts_if_it_gains", &la2::Plan::cuts_if_it_gains)
       .def_readonly("pass_tokens", &la2::Plan::pass_tokens)
       .def_readonly("dot_floats", &la2::Plan::dot_floats)
       .def_readonly("predicted_us", &la2::Plan::predicted_us)

@@ -287,9 +287,12 @@ def test_the_device_may_leave_an_extend_whole(core):
         return core.plan(problem, core.device("sm_90x132"), forced)
 
     free = plan()
-    assert free.num_segments > 1 and free.lanes == 132 / 16 and 0 < free.item_tokens < free.pass_tokens < 2048
-    for other in (plan("segments=8"), plan("segments=1"), plan(heads=64), plan(is_extend=False), plan("family=sm80")):
-        assert other.lanes == other.item_tokens == other.pass_tokens == 0
+    assert free.num_segments > 1 and free.lanes == 132 // 16 and 0 < free.item_tokens < free.pass_tokens < 2048
+    assert free.cuts_if_it_gains and not plan("segments=8").cuts_if_it_gains
+    assert plan("segments=8").lanes == plan("segments=1").lanes == free.lanes
+    assert plan(heads=64).lanes == 2 and not plan(heads=64).cuts_if_it_gains
+    assert plan(heads=256).lanes == plan("family=sm80").lanes == plan(is_extend=False).lanes == 0
+    assert not plan(heads=256, length=1 << 20).cuts_if_it_gains
 
 
 def test_short_calls_take_the_kernels_that_start_soonest(core):

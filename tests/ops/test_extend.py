@@ -529,7 +529,7 @@ def test_aligned_cuts_are_exact(monkeypatch, dtype):
 @pytest.mark.gpu
 @pytest.mark.parametrize("pool_dtype", (FP32, BF16))
 def test_pool_with_its_slots_scattered(monkeypatch, pool_dtype):
-    """[H, slots, D, E] in memory: of such slots no copies are made, so nothing is cut."""
+    """[H, slots, D, E] in memory; requests are cut, which read and write one slot."""
     monkeypatch.setenv("LA2_PLAN", "segments=3")
     lengths = (700, 1, 64, 300)
     x = Problem("cuda", lengths, slots=slots_of(lengths, apart=False), dtype=BF16, dims=(128, 128), heads=3,
@@ -554,6 +554,22 @@ def test_requests_are_cut_where_it_gains(monkeypatch):
         changed = [r for r in range(len(lengths)) if not torch.equal(free[r], x.state[r])]
         assert changed == ([0] if cuts else [])
         monkeypatch.delenv("LA2_PLAN")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads, dims", ((1, (64, 64)), (8, (128, 128)), (40, (64, 128))))
+@pytest.mark.parametrize("count", (5, 20, 64, 150))
+@pytest.mark.parametrize("plan", ("", "segments=9"))
+def test_every_unit_is_dealt(monkeypatch, heads, dims, count, plan):
+    """Of few and many requests, to few and many lanes, with one long among them."""
+    monkeypatch.setenv("LA2_PLAN", plan)
+    generator = torch.Generator().manual_seed(count)
+    lengths = torch.randint(0, 6000 // count, (count,), generator=generator).tolist()
+    lengths[count // 2] = 3000
+    x = Problem("cuda", lengths, slots=slots_of(lengths), dtype=BF16, dims=dims, heads=heads, slope="usual")
+    before = x.state.clone()
+    out = x.run_and_check()
+    assert torch.equal(out, x.run(before))
 
 
 @pytest.mark.gpu

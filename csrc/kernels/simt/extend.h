@@ -11,21 +11,22 @@ namespace la2::simt {
 // A request as the kernels see it; slots are -1 where nothing is read or written.
 constexpr int64_t kPadding = -2;  // read_slots of a request whose slots are both -1: its rows are zero
 
-// Which requests are cut into segments: the lengths are the device's alone. Those of more than segment_len tokens, but
-// where `lanes` sequences are walked side by side, only those that would be walked longer than a lane is busy on
-// average; and none if no request is so by more than pass_tokens, which the passes before the main one cost. A request
-// costs its lane item_tokens besides.
-struct Cutting {
-  int64_t segment_len;                    // 0: nothing is cut
-  float lanes, item_tokens, pass_tokens;  // lanes == 0: all those
+// Blocks of the main pass that walk the same units, one for each head and slice, are a lane. It walks one unit after
+// the other, each costs it item_tokens besides.
+constexpr int kMostLanes = 256;
+struct Lanes {
+  int count;            // 0: a block walks whatever comes next in the order of `units`
+  int64_t item_tokens;  // at least 1
+  UnitEntry* walks;     // [num_units, lanes]: the units dealt out, in each lane up to the first absent one
 };
 
-// Initial states of requests that are cut: the last segment may be done with a slot before the first one reads it. A
-// copy has the pool's strides, so that kernels read either through offsets from one address.
-struct Copies {
-  void* data;
-  int64_t count, stride_s;           // room; elements from one to the next
-  int64_t pool_offset, copy_offset;  // from that address to the pool and to the copies, in elements
+// Which requests are cut into segments: the lengths are the device's alone. Those of more than segment_len tokens, or,
+// if_it_gains, of more than a lane walks on average; and none if no request has by more than pass_tokens, which is what
+// the passes before the main one cost.
+struct Cutting {
+  int64_t segment_len;  // 0: nothing is cut
+  bool if_it_gains;
+  int64_t pass_tokens;
 };
 
 // Device memory, filled by launch_extend_plan. The rows of requests and snapshots are clamped to [0, tokens).
@@ -38,10 +39,8 @@ struct ExtendTables {
   // come first, long_units at most, then others of more than long_len tokens.
   UnitEntry* units;
   int64_t num_units, long_units, long_len;
+  Lanes lanes;
   Cutting cutting;
-  Copies copies;
-  int64_t* copy_slots;            // [requests]: which copy is made of the initial state; else -1
-  int64_t* initial_offsets;       // [requests]: where it is read then, in elements; -1: nowhere. As of copies.count > 0
   UnitEntry* snapshot_units;      // [snapshots], states are snapshots
   int64_t* snapshot_read_slots;   // [snapshots]
   int64_t* snapshot_write_slots;  // [snapshots]
@@ -50,7 +49,7 @@ struct ExtendTables {
 cudaError_t launch_extend_plan(const ExtendParams& params, const ExtendTables& tables, cudaStream_t stream);
 
 // Requests of one token: output and state. Of no token: the state moves from slot to slot. Padding and the rows behind
-// the last request: zero. The tables' copies are made. overlaps: as of launch_combine.
+// the last request: zero. overlaps: as of launch_combine.
 cudaError_t launch_extend_rows(const ExtendParams& params, const ExtendTables& tables, bool overlaps,
                                cudaStream_t stream);
 

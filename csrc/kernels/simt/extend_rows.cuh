@@ -1,8 +1,7 @@
 // The requests of an extend that are no work for the trilinear kernels: of one token (a decode step from slot to slot),
 // of none (the state moves), padding and the rows behind the last request (zero).
 //
-// As in recurrent.cuh a block takes all of D for a slice of E of one state; the blocks of longer requests go at once,
-// or copy the initial state where its slot may be written before it is read.
+// As in recurrent.cuh a block takes all of D for a slice of E of one state; the blocks of longer requests go at once.
 #pragma once
 
 #include "../ptx/launch_order.cuh"
@@ -17,10 +16,10 @@ __host__ __device__ inline int64_t tail_blocks(int64_t tokens) { return tokens <
 
 // What a block does with its part of a state.
 struct ExtendWork {
-  Place place;                            // row: the token (of one); slot: where the state is read
-  int64_t request, write_slot;            // of the pool, or of the copies
+  Place place;  // row: the token (of one); slot: where the state is read
+  int64_t request, write_slot;
   int64_t zero_row, zero_end, zero_step;  // rows that become zero
-  bool has_token, reads, writes, copies;
+  bool has_token, reads, writes;
 };
 
 template <int kSlice>
@@ -59,9 +58,7 @@ __device__ __forceinline__ ExtendWork find_extend_work(const ExtendParams& param
     work.writes = work.writes && read_slot != write_slot;
     work.reads = work.reads && work.writes;
   } else {
-    work.write_slot = tables.copy_slots[request];
-    work.writes = work.copies = work.write_slot >= 0;
-    work.reads = work.reads && work.writes;
+    work.writes = work.reads = false;
   }
   return work;
 }
@@ -103,9 +100,7 @@ __global__ void __launch_bounds__(Part::kThreads, Part::kMinBlocks)
   if (!work.has_token) {  // the state moves as it is
     if (!work.writes) return;
     load();
-    MutableState to = params.state;
-    if (work.copies) to.data = tables.copies.data, to.stride_s = tables.copies.stride_s;
-    part.store(StateView<P>(to, place, work.write_slot));
+    part.store(StateView<P>(params.state, place, work.write_slot));
     return;
   }
 

@@ -10,6 +10,7 @@ namespace la2::simt {
 
 // One segment of one sequence, and the sequence around it.
 struct Unit {
+  int64_t index;                  // of its state in job.local
   int64_t sequence, state;        // which slope, which state
   int64_t segment, num_segments;  // of the sequence; its units are numbered unit_idx - segment + (0, 1, ...)
   int64_t batch;                  // batch row (packed: 0)
@@ -50,7 +51,8 @@ __device__ inline Unit unit_of(const TrilinearParams& params, int64_t sequence, 
   const int64_t segment_len = params.segment_len;
   const int64_t before = segment * segment_len;
   const int64_t left = rows.length - before;
-  return {sequence,
+  return {0,
+          sequence,
           sequence,
           segment,
           num_segments,
@@ -67,26 +69,31 @@ __device__ inline Unit unit_of(const TrilinearParams& params, int64_t sequence, 
   return unit_of(params, sequence, batch, rows, segment, segments_of<kIsShort>(params, rows.length));
 }
 
+__device__ inline Unit unit_of_entry(const TrilinearParams& params, const UnitEntry& entry) {
+  if (entry.segment < 0) return {};
+  Unit unit =
+      unit_of(params, entry.sequence, 0, {entry.seq_begin, entry.seq_length}, entry.segment, entry.num_segments);
+  unit.state = entry.state;
+  unit.index = entry.index;
+  return unit;
+}
+
 // Called by whole warps, every lane with the same unit_idx; every lane gets the same unit. Packed: each lane counts
 // the segments of one of 32 sequences, a scan over the warp finds the sequence unit_idx falls into. kIsShort: without
-// code for 2^31 units or tokens and more, which launches that say so refuse.
-template <bool kIsShort = false>
+// code for 2^31 units or tokens and more, which launches that say so refuse. kHasTable: params.units may be given.
+template <bool kIsShort = false, bool kHasTable = true>
 __device__ inline Unit find_unit(const TrilinearParams& params, int64_t unit_idx) {
   const Sizes& sizes = params.sizes;
-  if (params.units != nullptr) {
-    const UnitEntry entry = params.units[unit_idx];
-    if (entry.segment < 0) return {};
-    Unit unit =
-        unit_of(params, entry.sequence, 0, {entry.seq_begin, entry.seq_length}, entry.segment, entry.num_segments);
-    unit.state = entry.state;
-    return unit;
-  }
+  if constexpr (kHasTable)
+    if (params.units != nullptr) return unit_of_entry(params, params.units[unit_idx]);
   if (params.cu_seqlens.data == nullptr) {
     const int64_t sequence = kIsShort ? params.by_segments.small_quotient(static_cast<int>(unit_idx))
                                       : params.by_segments.quotient(unit_idx);
     if (sequence >= sizes.num_seqs) return {};
-    return unit_of<kIsShort>(params, sequence, sequence, {0, sizes.length},
-                             unit_idx - sequence * params.by_segments.divisor);
+    Unit unit = unit_of<kIsShort>(params, sequence, sequence, {0, sizes.length},
+                                  unit_idx - sequence * params.by_segments.divisor);
+    unit.index = unit_idx;
+    return unit;
   }
 
   constexpr unsigned kAllLanes = 0xffffffffu;
@@ -110,7 +117,9 @@ __device__ inline Unit find_unit(const TrilinearParams& params, int64_t unit_idx
       const int64_t segment = unit_idx - __shfl_sync(kAllLanes, units_up_to - units, owner);
       const int64_t owned = first_seq + owner;
       const Span rows = sequence_rows(params.cu_seqlens, owned, sizes.length);
-      return unit_of<kIsShort>(params, owned, 0, rows, segment);
+      Unit unit = unit_of<kIsShort>(params, owned, 0, rows, segment);
+      unit.index = unit_idx;
+      return unit;
     }
     units_before = __shfl_sync(kAllLanes, units_up_to, 31);
   }

@@ -76,10 +76,11 @@ __device__ __forceinline__ void take_up(StateAccumulators<Cfg>& z, SharedStorage
 #pragma unroll
   for (int block = 0; block < Cfg::kSlice / 64; ++block) {
     clear(z[block]);
-    if (item.is_first) {
+    if (item.is_first && !(Cfg::kHasTable && has_copy_of_initial(p, item))) {
       load_state<!Cfg::kSplit>(z[block], job.initial, item, block * 64, job.dim_a, job.dim_c - item.first_col, me);
     } else if (block * 64 < job.dim_c - item.first_col) {
-      load_fragment(z[block], fragment_of<Cfg::kTileA>(job, item, item.unit + (reverse ? 1 : -1), block, me));
+      const int unit = Cfg::kHasTable && item.is_first ? unit_of_copy(item) : item.unit + (reverse ? 1 : -1);
+      load_fragment(z[block], fragment_of<Cfg::kTileA>(job, item, unit, block, me));
     }
   }
 }
@@ -119,7 +120,7 @@ __device__ __forceinline__ bool is_exact_at_last(const TrilinearParams& p) { ret
 template <class Cfg>
 __device__ __forceinline__ void carry_state(SharedStorage<Cfg>& smem, const TrilinearParams& p, const TrilinearJob& job,
                                             bool reads_previous) {
-  const Schedule<Cfg::kAlone, Cfg::kInCluster, Cfg::kIsShort> schedule(job);
+  const Schedule<Cfg::kAlone, Cfg::kInCluster, Cfg::kHasTable> schedule(job);
   const WarpgroupLane me;
   const bool reverse = job.reverse;
   const float update = static_cast<float>(job.update);
@@ -160,7 +161,7 @@ __device__ __forceinline__ void carry_state_ahead(SharedStorage<Cfg>& smem, cons
                                                   const TrilinearJob& job, bool reads_previous) {
   using T = typename Cfg::T;
   static_assert(Cfg::kSlice == 64 && !Cfg::kSplit);
-  const Schedule<Cfg::kAlone, Cfg::kInCluster, Cfg::kIsShort> schedule(job);
+  const Schedule<Cfg::kAlone, Cfg::kInCluster, Cfg::kHasTable> schedule(job);
   const WarpgroupLane me;
   const bool reverse = job.reverse;
   const float update = static_cast<float>(job.update);

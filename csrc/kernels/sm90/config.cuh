@@ -36,7 +36,7 @@ struct Config {
   static constexpr bool kTakesTurns = kOutputGroups == 2;
   // In shared memory; where a chunk's update is in flight, in registers (HeldWeights).
   static constexpr bool kWeighsInPairs = kWeighsByPairs<T, kTileA, kSplit> && !kTakesTurns;
-  static constexpr bool kIsShort = !kSplit;                   // Schedule (work.cuh)
+  static constexpr bool kHasTable = !kSplit;                  // Schedule (work.cuh)
   static constexpr int kThreads = 128 * (2 + kOutputGroups);  // producer, output and state warpgroups
   // dk and dv leave shared memory by a warp each of the producer's warpgroup: for what one output warpgroup waits
   // there, the tensor core waits too.

@@ -17,7 +17,7 @@ struct GatherConfig {
   static constexpr bool kWeighsInPairs = kWeighsByPairs<T, kTileA, kSplit>;
   using TileA = tile::SwizzledTile<T, kChunk, kTileA>;
   using TileC = tile::SwizzledTile<T, kChunk, kSlice>;
-  static constexpr bool kIsShort = !kSplit;                             // Schedule (work.cuh)
+  static constexpr bool kHasTable = !kSplit;                            // Schedule (work.cuh)
   static constexpr int kColsOfB = kAlone && kTileA > 64 ? 64 : kTileA;  // of a gatherer
   static constexpr int kGatherersOfC = kSlice / 64;
   static constexpr int kGatherers = kGatherersOfC * (kTileA / kColsOfB);
@@ -44,9 +44,9 @@ struct GatherStorage {
 // ---- roles
 
 // The schedule's items once for each piece of a segment, the pieces that every segment has first.
-template <bool kAlone, bool kIsShort>
-struct PieceSchedule : Schedule<kAlone, !kAlone, kIsShort> {
-  using Items = Schedule<kAlone, !kAlone, kIsShort>;
+template <bool kAlone, bool kHasTable>
+struct PieceSchedule : Schedule<kAlone, !kAlone, kHasTable> {
+  using Items = Schedule<kAlone, !kAlone, kHasTable>;
   using Items::Items;
   __device__ int count(const TrilinearParams& params) const { return Items::count(params) * params.num_pieces; }
   __device__ int after(int index, const TrilinearParams& params) const {
@@ -79,7 +79,7 @@ __device__ inline Steps steps_of(const TrilinearParams& p, const Item& item, int
 template <class Cfg>
 __device__ __forceinline__ void produce(GatherStorage<Cfg>& smem, const TrilinearParams& p, const TrilinearJob& job,
                                         const JobMaps& maps) {
-  const PieceSchedule<Cfg::kAlone, Cfg::kIsShort> schedule(job);
+  const PieceSchedule<Cfg::kAlone, Cfg::kHasTable> schedule(job);
   const int lane = threadIdx.x % 32;
   Ring<Cfg::kStages> ring;
   uint32_t tail_parities = 0;
@@ -111,7 +111,7 @@ template <class Cfg>
 __device__ __forceinline__ void gather(GatherStorage<Cfg>& smem, const TrilinearParams& p, const TrilinearJob& job,
                                        int gatherer) {
   using T = typename Cfg::T;
-  const PieceSchedule<Cfg::kAlone, Cfg::kIsShort> schedule(job);
+  const PieceSchedule<Cfg::kAlone, Cfg::kHasTable> schedule(job);
   const WarpgroupLane me;
   const float update = static_cast<float>(job.update);
   constexpr bool kHasAllOfB = Cfg::kColsOfB == Cfg::kTileA;
@@ -131,8 +131,13 @@ __device__ __forceinline__ void gather(GatherStorage<Cfg>& smem, const Trilinear
     auto cols = [&] { return ptx::opaque(job.dim_c) - item.first_col; };
     Accumulators<Cfg::kColsOfB / 2> z;
     clear(z);
-    if (item.is_first && steps.begin == 0)
+    const bool is_copied = Cfg::kHasTable && item.is_first && !p.states_alone && has_copy_of_initial(p, item);
+    if (item.is_first && (steps.begin == 0 || is_copied))
       load_state<!Cfg::kSplit>(z, job.initial, item, block * 64, job.dim_a, cols(), me, first_of_b);
+    if (is_copied && block * 64 < cols()) {
+      store_fragment(z, fragment_of<Cfg::kTileA>(job, item, unit_of_copy(item), block, me) + first_of_b / 8 * 128);
+      if (steps.begin > 0) clear(z);
+    }
     int filled = -1;
     for (int step = steps.begin; step < steps.end; ++step, ring.advance()) {
       const int rows = item.rows_of(item.chunk_at(step));
@@ -195,17 +200,16 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
   const TrilinearJob& job = p.jobs[blockIdx.y];
   const int cluster = static_cast<int>(ptx::cluster_size());
   ptx::launch_dependents();
-  if (p.units != nullptr) {
-    // Nothing is cut from here on, or there are no more units. Whoever waits for this kernel waits for that one too.
-    const UnitEntry& first = PieceSchedule<Cfg::kAlone, Cfg::kIsShort>(job).first_entry(p);
+  if (Cfg::kHasTable && p.units != nullptr) {
+    // Nothing is cut from here on, or there are no more units.
+    const UnitEntry& first = PieceSchedule<Cfg::kAlone, Cfg::kHasTable>(job).first_entry(p);
     if (!p.states_alone && first.num_segments == 1) {
-      if (blockIdx.x == 0) ptx::wait_for_previous_kernel();
+      if (blockIdx.x == 0) ptx::wait_for_previous_kernel();  // as below
       return;
     }
   }
   if (threadIdx.x == 0) init_barriers(smem, cluster);
   __syncthreads();
-  ptx::wait_for_previous_kernel();
   if (cluster > 1) ptx::cluster_sync();
 
   if (threadIdx.x >= 128) {
@@ -214,6 +218,8 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
     produce<Cfg>(smem, p, job, maps.jobs[blockIdx.y]);
   }
   if (cluster > 1) ptx::cluster_sync();
+  // Whoever waits for this kernel has thereby waited for the one that it overlaps.
+  ptx::wait_for_previous_kernel();
 }
 
 }  // namespace la2::sm90

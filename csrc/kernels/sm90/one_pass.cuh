@@ -32,7 +32,7 @@ union OnePassStorage {
 // Starts to fetch into L2 what the main pass will want and the state pass does not: a. One warp.
 template <class Cfg>
 __device__ __forceinline__ void prefetch_rows(const TrilinearParams& p, const TrilinearJob& job, const JobMaps& maps) {
-  const Schedule<Cfg::kAlone, Cfg::kInCluster, Cfg::kIsShort> schedule(job);
+  const Schedule<Cfg::kAlone, Cfg::kInCluster, Cfg::kHasTable> schedule(job);
   const Item item = schedule.item(p, job, schedule.first(), Cfg::kSlice);
   if (!item.is_valid || threadIdx.x % 32 != 0) return;
   for (int step = 0; step < item.num_chunks; ++step) {

@@ -92,7 +92,7 @@ template <class Cfg>
 __device__ __forceinline__ void write_outputs(SharedStorage<Cfg>& smem, const TrilinearParams& p,
                                               const TrilinearJob& job, const JobMaps& maps) {
   using T = typename Cfg::T;
-  const Schedule<Cfg::kAlone, Cfg::kInCluster, Cfg::kIsShort> schedule(job);
+  const Schedule<Cfg::kAlone, Cfg::kInCluster, Cfg::kHasTable> schedule(job);
   const WarpgroupLane me;
   const bool reverse = job.reverse;
   const bool is_packed = p.cu_seqlens.data != nullptr;
@@ -162,7 +162,7 @@ template <class Cfg>
 __device__ __forceinline__ void write_outputs_in_turns(SharedStorage<Cfg>& smem, const TrilinearParams& p,
                                                        const TrilinearJob& job, const JobMaps& maps, int group) {
   using T = typename Cfg::T;
-  const Schedule<Cfg::kAlone, Cfg::kInCluster, Cfg::kIsShort> schedule(job);
+  const Schedule<Cfg::kAlone, Cfg::kInCluster, Cfg::kHasTable> schedule(job);
   const WarpgroupLane me;
   const bool reverse = job.reverse;
   const bool is_packed = p.cu_seqlens.data != nullptr;
@@ -216,7 +216,7 @@ template <class Cfg>
 __device__ __forceinline__ void write_both_outputs(SharedStorage<Cfg>& smem, const TrilinearParams& p) {
   using T = typename Cfg::T;
   const TrilinearJob& first = p.jobs[0];
-  const Schedule<Cfg::kAlone, Cfg::kInCluster, Cfg::kIsShort> schedule(first);
+  const Schedule<Cfg::kAlone, Cfg::kInCluster, Cfg::kHasTable> schedule(first);
   const WarpgroupLane me;
   constexpr bool reverse = true;  // the pair is dk and dv
   const float inter = static_cast<float>(first.inter), intra = static_cast<float>(first.intra);
@@ -317,7 +317,7 @@ template <class Cfg, class Tile>
 __device__ __forceinline__ void store_output(SharedStorage<Cfg>& smem, const Tile (&staging)[1],
                                              const TrilinearParams& p, const TrilinearJob& walked,
                                              const TrilinearJob& job, const CUtensorMap& map, int which) {
-  const Schedule<Cfg::kAlone, Cfg::kInCluster, Cfg::kIsShort> schedule(walked);
+  const Schedule<Cfg::kAlone, Cfg::kInCluster, Cfg::kHasTable> schedule(walked);
   const int lane = threadIdx.x % 32;
   const bool is_packed = p.cu_seqlens.data != nullptr;
   Ring<1> ring;

@@ -114,6 +114,14 @@ __device__ __forceinline__ float4* fragment_of(const TrilinearJob& job, const It
   float* state = static_cast<float*>(job.local.data) + unit * job.local.stride_s + item.head * job.local.stride_h;
   return reinterpret_cast<float4*>(state + (item.first_col / 64 + block) * (64 * kTileA)) + me.warp * 32 + me.lane;
 }
+// Segments run side by side, and the last one may be done with a slot of a pool before the first one reads it. So of a
+// request that is cut the state pass leaves a copy of the initial state, in place of what leaves the last segment,
+// which nobody wants.
+__device__ __forceinline__ bool has_copy_of_initial(const TrilinearParams& p, const Item& item) {
+  return p.units != nullptr && item.num_segments > 1;
+}
+__device__ __forceinline__ int unit_of_copy(const Item& first) { return first.unit + first.num_segments - 1; }
+
 template <int kRegs>
 __device__ __forceinline__ void load_fragment(Accumulators<kRegs>& z, const float4* from) {
 #pragma unroll

@@ -13,7 +13,7 @@ namespace la2::sm90 {
 template <class Cfg>
 __device__ __forceinline__ void produce(SharedStorage<Cfg>& smem, const TrilinearParams& p, const TrilinearJob& job,
                                         const JobMaps* maps) {
-  const Schedule<Cfg::kAlone, Cfg::kInCluster, Cfg::kIsShort> schedule(job);
+  const Schedule<Cfg::kAlone, Cfg::kInCluster, Cfg::kHasTable> schedule(job);
   const int lane = threadIdx.x % 32;
   Ring<Cfg::kStages> ring;
   uint32_t tail_parities = 0;
@@ -49,7 +49,7 @@ __device__ __forceinline__ void produce(SharedStorage<Cfg>& smem, const Trilinea
 template <class Cfg>
 __device__ __forceinline__ void produce_a(SharedStorage<Cfg>& smem, const TrilinearParams& p, const TrilinearJob& job,
                                           const CUtensorMap& map) {
-  const Schedule<Cfg::kAlone, Cfg::kInCluster, Cfg::kIsShort> schedule(job);
+  const Schedule<Cfg::kAlone, Cfg::kInCluster, Cfg::kHasTable> schedule(job);
   Ring<Cfg::kStagesOfA> ring;
   for (int index = schedule.first(); index < schedule.count(p); index = schedule.after(index, p)) {
     const Item item = schedule.item(p, job, index, Cfg::kSlice);
@@ -151,8 +151,8 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
   const TrilinearJob& job = p.jobs[blockIdx.y];
   const JobMaps* job_maps = &maps.jobs[blockIdx.y];
   const int cluster = static_cast<int>(ptx::cluster_size());
-  if (p.units != nullptr) {
-    const UnitEntry& first = Schedule<Cfg::kAlone, Cfg::kInCluster, Cfg::kIsShort>(job).first_entry(p);
+  if (Cfg::kHasTable && p.units != nullptr) {
+    const UnitEntry& first = Schedule<Cfg::kAlone, Cfg::kInCluster, Cfg::kHasTable>(job).first_entry(p);
     if (first.segment < 0) {  // more blocks than the device found units for: nothing to do
       if (blockIdx.x == 0) ptx::wait_for_previous_kernel();  // as below
       return;

@@ -23,7 +23,8 @@ constexpr int kChunk = 64;  // tokens: the M of one warpgroup's product
 // One segment of one sequence, one head, one slice of Dc. What a chunk needs of a unit, in 32 bits (the launch has seen
 // to it that they do): consumers have few registers to keep it in.
 struct Item {
-  int unit, sequence, state, batch, head, row_begin, length, first_col, num_chunks;
+  int unit, num_segments;  // where its state between segments lies; of its sequence
+  int sequence, state, batch, head, row_begin, length, first_col, num_chunks;
   bool is_valid, reverse;
   bool is_first, is_last;  // of its sequence, in the order of the sweep
 
@@ -46,9 +47,8 @@ struct Cluster<false> {
 
 // Where the items of this block's job are, and in which order it takes them. What only every item asks for is computed
 // anew each time: consumers have no registers to keep it. kAlone: a block has one item.
-// kInCluster: it may be one of a cluster. kIsShort: find_unit's. Any launch here could have it; why not all do
-// is in ../DESIGN.md ("Weights in pairs for out").
-template <bool kAlone, bool kInCluster = !kAlone, bool kIsShort = false>
+// kInCluster: it may be one of a cluster. kHasTable: units may come from a table; no gradient's do.
+template <bool kAlone, bool kInCluster = !kAlone, bool kHasTable = false>
 struct Schedule : Cluster<kInCluster> {
   using Cluster<kInCluster>::cluster;
   const Division& by_groups;  // of slices, a cluster each
@@ -80,9 +80,10 @@ struct Schedule : Cluster<kInCluster> {
   __device__ Item item(const TrilinearParams& params, const TrilinearJob& job, int index, int slice_cols) const {
     const int heads = static_cast<int>(params.sizes.heads);
     const int both = unit_and_head(index), unit_idx = params.by_heads.small_quotient(both);
-    const simt::Unit unit = simt::find_unit<kIsShort>(params, unit_idx);
+    const simt::Unit unit = simt::find_unit<true, kHasTable>(params, unit_idx);
     Item item;
-    item.unit = unit_idx;
+    item.unit = static_cast<int>(unit.index);
+    item.num_segments = static_cast<int>(unit.num_segments);
     item.sequence = static_cast<int>(unit.sequence);
     item.state = static_cast<int>(unit.state);
     item.batch = static_cast<int>(unit.batch);
