@@ -60,10 +60,10 @@ struct Plan {
   // the last one what is left.
   int num_pieces = 1;
   int64_t piece_chunks = 0;
-  // sm90, extend: what the device, which knows the lengths, needs to deal units out to blocks, and to leave whole what
-  // would not gain by a cut (simt/extend.h). Units that are walked side by side, 0: it does not deal; what one costs
-  // besides its own tokens, and what the passes before the main one cost, in tokens; cut whatever LA2_PLAN says, or
-  // not.
+  // sm90, extend: what the device, which knows the lengths, needs to deal units out to blocks and to leave whole what
+  // would not gain by a cut (simt/extend.h). Units that are walked side by side (0: they are not dealt out); what one
+  // costs besides its own tokens, and what the passes before the main one cost, in tokens; whether a cut has to gain,
+  // which it need not where LA2_PLAN asks for segments.
   int lanes = 0;
   int64_t item_tokens = 1, pass_tokens = 0;
   bool cuts_if_it_gains = false;

@@ -55,10 +55,11 @@ const Sm90Cost* find(int tile_a, int slice) {
 
 // Slices side by side in a cluster: pairs where they come out even. Four at a time lost: with two stages a block waits
 // for its copies, and for the slowest of four (csrc/kernels/DESIGN.md).
-// None in packed forwards of several sequences where D is up to 128: there blocks of unlike items start one by one.
+// None in packed forwards of several sequences where D and E are up to 128: there blocks of unlike items start one by
+// one. (With larger dims that was not measured.)
 int cluster_for(const Problem& p, int64_t slices, const Forced& forced) {
   if (forced.cluster != 0) return static_cast<int>(forced.cluster);
-  const bool is_alone = p.packed && p.num_seqs > 1 && !p.backward && p.dim_k <= 128;
+  const bool is_alone = p.packed && p.num_seqs > 1 && !p.backward && p.dim_k <= 128 && p.dim_v <= 128;
   return slices % 2 == 0 && !is_alone ? 2 : 1;
 }
 

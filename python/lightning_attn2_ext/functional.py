@@ -182,8 +182,13 @@ def extend(
     prefill and decode in one call.
 
     Request r is tokens `cu_seqlens[r]:cu_seqlens[r + 1]`. It continues from the state in slot `read_slots[r]` and
-    leaves its own in slot `write_slots[r]`. Nothing is read on the host: the work is planned from shapes alone, and a
-    CUDA graph captured with room for more tokens and requests is replayed with other lengths and slots.
+    leaves its own in slot `write_slots[r]`. Nothing is read on the host: the work is planned from shapes alone, on the
+    GPU from the lengths, and a CUDA graph captured with room for more tokens and requests is replayed with other
+    lengths and slots.
+
+    Two calls alike give the same bits. Which requests are cut into segments, whose states are gathered apart, depends
+    on the lengths of all, and so may the last bits of one; with LA2_PLAN=slice=64,segments=1 in the environment none
+    is.
 
     Args:
         q, k: `[tokens, H, D]`; v: `[tokens, H, E]`; dtypes, head dims and strides as for `lightning_attention`.

@@ -557,7 +557,7 @@ def test_requests_are_cut_where_it_gains(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("heads, dims", ((1, (64, 64)), (8, (128, 128)), (40, (64, 128))))
+@pytest.mark.parametrize("heads, dims", ((1, (64, 64)), (8, (128, 128)), (40, (64, 128)), (2, (256, 256))))
 @pytest.mark.parametrize("count", (20, 150))
 @pytest.mark.parametrize("plan", ("", "segments=9"))
 def test_every_unit_is_dealt(monkeypatch, heads, dims, count, plan):
