@@ -49,6 +49,14 @@ def test_ratios_take_our_slower_layout_and_the_fastest_peer():
     assert bench_map.ratios(CELLS[1], "forward") == (None, 5.0)
     assert bench_map.ratios(CELLS[0], "backward") == (None, None)
     assert "1.5 / -" in bench_map.table(CELLS, "forward") and "- / 5.0" in bench_map.table(CELLS, "forward")
+    assert [bench_map.shown(x) for x in (None, 0.924, 0.996, 1.04, 1.14, 12.34)] == [
+        "-",
+        "0.92",
+        "1.00",
+        "1.04",
+        "1.1",
+        "12.3",
+    ]
 
 
 @pytest.mark.skipif(plots.missing() is not None, reason=str(plots.missing()))

@@ -78,16 +78,17 @@ def ratios(one: dict, what: str) -> tuple[float | None, float | None]:
     return tuple(min(group) / max(ours) if group else None for group in (others, softmax))
 
 
+def shown(ratio: float | None) -> str:
+    """One digit behind the point, two where it decides who is faster."""
+    return "-" if ratio is None else f"{ratio:.2f}" if ratio < 1.095 else f"{ratio:.1f}"
+
+
 def table(results: list[dict], what: str) -> str:
     cells = {(r["heads"], r["length"]): ratios(r, what) for r in results}
     lengths = sorted({n for _, n in cells})
     rows = []
     for bh in sorted({bh for bh, _ in cells}):
-        shown = []
-        for n in lengths:
-            peer, softmax = cells.get((bh, n), (None, None))
-            shown.append(" / ".join("-" if x is None else f"{x:.1f}" for x in (peer, softmax)))
-        rows.append([str(bh), *shown])
+        rows.append([str(bh), *(" / ".join(map(shown, cells.get((bh, n), (None, None)))) for n in lengths)])
     return report.table([f"{what}: B H \\ N", *map(str, lengths)], rows)
 
 
@@ -106,9 +107,10 @@ def picture(path: pathlib.Path, results: list[dict], caption: str) -> None:
             i, j = heads.index(r["heads"]), lengths.index(r["length"])
             if peer is not None:
                 grid[i, j] = peer
-            below = "" if softmax is None else f"\n({softmax:.1f})"
-            axis.text(j, i, ("-" if peer is None else f"{peer:.1f}") + below, ha="center", va="center", fontsize=8)
-        axis.imshow(grid.tolist(), norm=colors.LogNorm(0.5, 8), cmap="RdYlGn", aspect="auto")
+            below = "" if softmax is None else f"\n({shown(softmax)})"
+            weight = "bold" if peer is not None and peer < 1 else "normal"
+            axis.text(j, i, shown(peer) + below, ha="center", va="center", fontsize=8, fontweight=weight)
+        axis.imshow(grid.tolist(), norm=colors.LogNorm(1 / 8, 8), cmap="RdYlGn", aspect="auto")
         axis.set_xticks(range(len(lengths)), [plots._short(n) for n in lengths])
         axis.set_yticks(range(len(heads)), heads)
         axis.set_xlabel("length N")
@@ -140,7 +142,7 @@ def main(argv: list[str] | None = None) -> int:
         facts, results = measure(arguments, device)
     print("\n\n".join(table(results, what) for what in ("forward", "backward")))
     if arguments.plot and plots.missing() is None:
-        picture(arguments.plot, results, report.describe(facts).splitlines()[1])
+        picture(arguments.plot, results, " · ".join(report.describe(facts).splitlines()))
     behind = [
         (r["heads"], r["length"], w) for r in results for w in ("forward", "backward") if (ratios(r, w)[0] or 1) < 1
     ]
@@ -160,9 +162,9 @@ def measure(arguments, device: torch.device) -> tuple[dict, list[dict]]:
         for bh in arguments.heads:
             results.append(cell(present, bh, n, clock, arguments.repeats))
             torch.cuda.empty_cache()
-            shown = {name: [round(ms, 3) for ms in t.values()] if "failed" not in t else t["failed"]
+            times = {name: [round(ms, 3) for ms in t.values()] if "failed" not in t else t["failed"]
                      for name, t in results[-1]["times"].items()}  # fmt: skip
-            print(f"B H {bh}, N {n}: {shown}", flush=True)
+            print(f"B H {bh}, N {n}: {times}", flush=True)
         if arguments.json:
             report.write_json(arguments.json, "map", facts, results)
     return facts, results
