@@ -82,7 +82,7 @@ constexpr int64_t kLongestWindow = 111, kMeanWindow = 24;
 // Forward, segments are gathered in pieces, so that the flattest head, whose window is the longest, is shared out among
 // SMs that others have left. Neither short nor many: each is a state more to write and to read, which without decay is
 // all that there is to it. Gradients gained nothing (csrc/kernels/DESIGN.md), packed calls were not measured. Not in
-// extend, where the bits of a request would then depend on how many tokens the others bring.
+// extend, whose table of units has none.
 constexpr int64_t kPieceChunks = 16, kMostPieces = 4;
 
 void set_pieces(const Problem& p, const Forced& forced, Plan* plan) {
@@ -135,15 +135,22 @@ double packed_item_us(const Problem& p, int slice) {
   return slice == 64 ? kPackedItemUs64 : kPackedItemUs128;
 }
 
-// What an extend's device needs to know of the plan.
+// What an extend's device needs to know of the plan. Lanes where they leave few SMs out; with 72 heads in slices of 128
+// there would be one, and 60 of 132 SMs idle.
+constexpr double kLeastInLanes = 0.9;
+
 void set_lanes(const Problem& p, const DeviceProps& device, const Forced& forced, Plan* plan) {
   if (forced.blocks != 0) return;
   const Tile& tile = plan->tiles[0];
   const double us_of_token = find(tile.tile_a, tile.slice)->out * (1 + kBusy) / kChunk;
   const int cluster = plan->clusters[0];
   const int64_t blocks = ceil_div(ceil_div(p.dim_v, tile.slice), cluster) * cluster * std::max<int64_t>(p.heads, 1);
-  plan->lanes = static_cast<int>(std::min(resident_blocks(device, cluster) / blocks, kMostLanes));
-  if (plan->lanes > 0) plan->max_blocks[0] = plan->lanes * blocks;
+  const int64_t resident = resident_blocks(device, cluster), lanes = std::min(resident / blocks, kMostLanes);
+  const bool is_full = static_cast<double>(lanes * blocks) >= kLeastInLanes * static_cast<double>(resident);
+  if (is_full) {
+    plan->lanes = static_cast<int>(lanes);
+    plan->max_blocks[0] = lanes * blocks;
+  }
   plan->item_tokens = std::max<int64_t>(1, std::llround(packed_item_us(p, tile.slice) / us_of_token));
   plan->pass_tokens = std::llround((kStatePassUs + kCombineUs) / us_of_token);
   plan->cuts_if_it_gains = plan->num_segments > 1 && plan->lanes > 0 && forced.segments == 0;

@@ -57,7 +57,7 @@ struct TrilinearJob {
 struct UnitEntry {
   int64_t seq_begin, seq_length;
   int32_t sequence, state;  // whose slope; which state (or entry of State::slots)
-  int32_t segment;          // -1: no unit, and none behind it
+  int32_t segment;          // -1: no unit, and none behind it that this block would walk
   int32_t num_segments;     // 1: all rows, however many segments of segment_len they would be
   int32_t index;            // among the units whose states between segments lie side by side (job.local)
   int32_t lane;             // of the table's own

@@ -292,6 +292,9 @@ def test_the_device_may_leave_an_extend_whole(core):
     assert plan("segments=8").lanes == plan("segments=1").lanes == free.lanes
     assert plan(heads=64).lanes == 2 and not plan(heads=64).cuts_if_it_gains
     assert plan(heads=256).lanes == plan("family=sm80").lanes == plan(is_extend=False).lanes == 0
+    # Lanes are whole: one of 72 or 96 blocks would leave the other SMs idle.
+    assert plan(heads=72).lanes == plan(heads=96).lanes == plan(heads=128).lanes - 1 == 0
+    assert plan(heads=20).max_blocks[0] == 120
     assert not plan(heads=256, length=1 << 20).cuts_if_it_gains
 
 

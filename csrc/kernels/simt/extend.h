@@ -20,9 +20,9 @@ struct Lanes {
   UnitEntry* walks;     // [num_units, lanes]: the units dealt out, in each lane up to the first absent one
 };
 
-// Which requests are cut into segments: the lengths are the device's alone. Those of more than segment_len tokens, or,
-// if_it_gains, of more than a lane walks on average; and none if no request has by more than pass_tokens, which is what
-// the passes before the main one cost.
+// Which requests are cut into segments: the lengths are the device's alone. Those of more than segment_len tokens.
+// if_it_gains: of more than a lane walks on average as well; and none if no request has more than that by pass_tokens,
+// which is what the passes before the main one cost.
 struct Cutting {
   int64_t segment_len;  // 0: nothing is cut
   bool if_it_gains;
