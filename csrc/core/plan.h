@@ -37,6 +37,8 @@ enum class Family { kSimt, kSm80, kSm90 };
 // forward: launch 0 computes out. backward: launch 0 computes dq and dk (Da = E, Dc = D) and, where the tiles
 // agree, dv (Da = D, Dc = E); else launch 1 computes dv. sm90 backward: launch 0 computes dk and dv together, which
 // share a state, and launch 1 dq, if is_fused; else as the others, always in two launches.
+constexpr int kMostLanes = 256;  // what simt/extend.h has room for
+
 struct Plan {
   Family family = Family::kSm80;
   int num_launches = 0;
@@ -61,9 +63,9 @@ struct Plan {
   int num_pieces = 1;
   int64_t piece_chunks = 0;
   // sm90, extend: what the device, which knows the lengths, needs to deal units out to blocks and to leave whole what
-  // would not gain by a cut (simt/extend.h). Units that are walked side by side (0: they are not dealt out); what one
-  // costs besides its own tokens, and what the passes before the main one cost, in tokens; whether a cut has to gain,
-  // which it need not where LA2_PLAN asks for segments.
+  // would not gain by a cut (simt/extend.h). Units that are walked side by side, up to kMostLanes (0: they are not
+  // dealt out); what one costs besides its own tokens, and what the passes before the main one cost, in tokens; whether
+  // a cut has to gain, which it need not where LA2_PLAN asks for segments.
   int lanes = 0;
   int64_t item_tokens = 1, pass_tokens = 0;
   bool cuts_if_it_gains = false;

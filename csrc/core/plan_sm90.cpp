@@ -42,7 +42,6 @@ constexpr double kBytesInL2 = 40e6;   // of b and c, which the main pass then fi
 constexpr double kPackedItemUs64 = 2.0, kPackedItemUs128 = 8.0, kExtendItemUs64 = 6.0, kExtendItemUs128 = 14.0;
 constexpr int kBytes = 2;
 constexpr int64_t kMostTurns = 1000;  // blocks of a launch for each that is resident
-constexpr int64_t kMostLanes = 256;   // simt/extend.h
 
 // This family has a tile of 192 besides.
 int tile_for(int64_t dim_a) { return dim_a > 128 && dim_a <= 192 ? 192 : tile_a_for(dim_a); }
@@ -145,7 +144,7 @@ void set_lanes(const Problem& p, const DeviceProps& device, const Forced& forced
   const double us_of_token = find(tile.tile_a, tile.slice)->out * (1 + kBusy) / kChunk;
   const int cluster = plan->clusters[0];
   const int64_t blocks = ceil_div(ceil_div(p.dim_v, tile.slice), cluster) * cluster * std::max<int64_t>(p.heads, 1);
-  const int64_t resident = resident_blocks(device, cluster), lanes = std::min(resident / blocks, kMostLanes);
+  const int64_t resident = resident_blocks(device, cluster), lanes = std::min<int64_t>(resident / blocks, kMostLanes);
   const bool is_full = static_cast<double>(lanes * blocks) >= kLeastInLanes * static_cast<double>(resident);
   if (is_full) {
     plan->lanes = static_cast<int>(lanes);

@@ -416,6 +416,8 @@ int64_t table_elements(const ExtendParams& p, const Plan& plan) {
   return 4 * p.requests + kUnitEntry * plan.num_units * (1 + plan.lanes) + (kUnitEntry + 2) * p.snapshots;
 }
 
+static_assert(kMostLanes <= simt::kMostLanes);
+
 simt::ExtendTables extend_tables(const Tensor& memory, const ExtendParams& p, const Plan& plan) {
   int64_t* next = static_cast<int64_t*>(memory.mutable_data_ptr());
   auto take = [&](int64_t count) {
@@ -466,14 +468,13 @@ Tensor extend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& s
   attention.sizes.num_seqs = std::min(most_requests, std::max<int64_t>(1, p.tokens / kLikelyTokens));
   Plan plan = plan_for(attention, false, false, true, device, true);
   attention.sizes.num_seqs = most_requests;
-  const bool is_sm90 = plan.family == Family::kSm90;
   plan.num_units = most_requests + p.tokens / plan.segment_len;
-  const bool is_cut = plan.num_segments > 1;
+  const bool is_cut = plan.num_segments > 1, is_sm90 = plan.family == Family::kSm90;
   if (is_sm90 && plan.max_blocks[0] == 0) {
     // How many units there are the host does not know: blocks that take turns at them make the absent ones cheap,
     // several to an SM even out unlike lengths.
     constexpr int64_t kBlocksOfSm = 8;
-    plan.max_blocks[0] = kBlocksOfSm * (device.props().num_sms & ~3);
+    plan.max_blocks[0] = kBlocksOfSm * (device.props().num_sms & ~3);  // whole clusters
   }
 
   const Tensor tables_memory = empty_contiguous(q, {table_elements(p, plan)}, ScalarType::Long);

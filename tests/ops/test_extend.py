@@ -543,7 +543,8 @@ def test_requests_are_cut_where_it_gains(monkeypatch):
     """The device decides by the lengths: of alike ones none is cut, of unlike ones the long one; its state tells."""
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("decided on Hopper alone")
-    for lengths, cuts in (((819,) * 20, False), ((8192, *[431] * 19), True)):
+    # Longer than a segment, and not longer than what a lane walks; then one that is.
+    for lengths, cuts in (((*[2000] * 5, *[425] * 15), False), ((8192, *[431] * 19), True)):
         x = Problem("cuda", lengths, dtype=BF16, dims=(128, 128), heads=8, slope="none")
         before = x.state.clone()
         free = x.state.clone()
