@@ -34,7 +34,7 @@ constexpr TileCost kSm80Tiles[] = {
     {{128, 64, 64}, 2, {2.89, 2.08}, {1.40, 0.80}}, {{128, 128, 64}, 1, {3.73, 3.73}, {1.40, 1.40}},
     {{256, 64, 32}, 2, {2.35, 1.60}, {1.20, 0.80}},
 };
-constexpr double kSplitCost = 1.22;  // gradients: split operands
+constexpr double kSplitCost = 1.18, kSplitStateCost = 1.22;  // gradients: split operands
 // simt: bound by fp32 and fp64 arithmetic.
 constexpr TileCost kSimtTiles[] = {
     {{64, 64, 32}, 3, {4.5, 3.3}, {2.0, 1.4}},
@@ -46,8 +46,10 @@ constexpr TileCost kSimtDoubleTiles[] = {
     {{128, 32, 32}, 3, {14.0, 10.0}, {6.0, 4.4}},
     {{256, 32, 32}, 2, {26.0, 18.0}, {12.0, 9.0}},
 };
-constexpr double kLaunchUs = 3.0;  // one more kernel on the stream
-constexpr double kCutUs = 9.0;     // the state pass and the combine pass, before their work
+constexpr double kLaunchUs = 4.5;  // one kernel on the stream
+// The state pass and the combine pass, before their work: where kernels overlap (compute capability 9.0 and later), and
+// where they do not, which was not measured.
+constexpr double kCutOverlappedUs = 6.0, kCutUs = 12.0, kCombineGBs = 1500;
 
 struct Job {
   int64_t dim_a, dim_c;
@@ -81,15 +83,15 @@ int64_t shared_bytes(Family family, const Tile& tile, bool slope_grad) {
 }
 
 // One launch of `jobs` blocks-per-unit shapes, every block walking `chunks` chunks.
-double launch_us(const TileCost& cost, const ChunkCost& chunk, int64_t blocks, int64_t tokens,
-                 const DeviceProps& device, bool slope_grad, Family family) {
-  if (blocks == 0 || tokens == 0) return kLaunchUs;
+double walking_us(const TileCost& cost, const ChunkCost& chunk, int64_t blocks, int64_t tokens,
+                  const DeviceProps& device, bool slope_grad, Family family) {
+  if (blocks == 0 || tokens == 0) return 0;
   const int64_t bytes = shared_bytes(family, cost.tile, slope_grad) + 1024;
   const int64_t fitting = std::max<int64_t>(1, std::min<int64_t>(cost.blocks_per_sm, device.shared_per_sm / bytes));
   const int64_t resident = std::min(fitting, ceil_div(blocks, device.num_sms));
   const int64_t waves = ceil_div(blocks, resident * device.num_sms);
   const double per_chunk = std::max(chunk.alone, static_cast<double>(resident) * chunk.shared);
-  return kLaunchUs + static_cast<double>(waves * ceil_div(tokens, cost.tile.chunk)) * per_chunk;
+  return static_cast<double>(waves * ceil_div(tokens, cost.tile.chunk)) * per_chunk;
 }
 
 const char* dtype_text(DType dtype) {
@@ -186,6 +188,7 @@ Candidate evaluate(const Problem& p, const DeviceProps& device, Family family,
   }
 
   const int64_t units = busy_units(p, plan), walked = std::min(plan.segment_len, std::max<int64_t>(p.length, 1));
+  const bool is_split = p.backward && family == Family::kSm80;
   double us = 0;
   for (size_t i = 0; i < launches.size(); ++i) {
     int64_t blocks = 0, state_blocks = 0;
@@ -194,11 +197,14 @@ Candidate evaluate(const Problem& p, const DeviceProps& device, Family family,
       blocks += units * p.heads * slices;
       if (j < 2) state_blocks += units * p.heads * slices;  // dv shares dk's states
     }
-    us += launch_us(*tiles[i], tiles[i]->main, blocks, walked, device, p.slope_grad, family) *
-          (p.backward && family == Family::kSm80 ? kSplitCost : 1.0);
-    if (cut && i == 0) us += launch_us(*tiles[i], tiles[i]->state_only, state_blocks, walked, device, false, family);
+    us += kLaunchUs + walking_us(*tiles[i], tiles[i]->main, blocks, walked, device, p.slope_grad, family) *
+                          (is_split ? kSplitCost : 1.0);
+    if (cut && i == 0)
+      us += walking_us(*tiles[i], tiles[i]->state_only, state_blocks, walked, device, false, family) *
+            (is_split ? kSplitStateCost : 1.0);
   }
-  if (cut) us += kCutUs + combine_us(p, plan);
+  const bool overlaps = device.compute_capability >= 90 && family != Family::kSimt;
+  if (cut) us += (overlaps ? kCutOverlappedUs : kCutUs) + combine_us(p, plan, kCombineGBs);
   plan.predicted_us = us;
   candidate.us = us;
   return candidate;

@@ -18,10 +18,9 @@ struct Forced {
 };
 
 constexpr int64_t kSegmentStep = 64;  // every chunk size divides it
-constexpr int64_t kMinSegment = 256;  // shorter ones spend their time on the states between them
+constexpr int64_t kMinSegment = 64;
 constexpr int64_t kMaxSegments = 64;  // the combine pass walks them one by one
 constexpr double kWorthwhile = 0.97;  // more segments only for a gain beyond the cost model's precision
-constexpr double kCombineGBs = 2500;  // of local states read and written
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }  // of a >= 0: a + b may be too much
 
@@ -62,9 +61,10 @@ inline int64_t workspace_floats(const Problem& p, const Plan& plan) {
   return plan.local_states * p.heads * state + plan.dot_floats;
 }
 
-inline double combine_us(const Problem& p, const Plan& plan) {
+// Local states read and written, at so many GB/s.
+inline double combine_us(const Problem& p, const Plan& plan, double gbs) {
   const int64_t bytes = 8 * plan.local_states * p.heads * p.dim_k * p.dim_v;
-  return static_cast<double>(bytes) / (kCombineGBs * 1e3);
+  return static_cast<double>(bytes) / (gbs * 1e3);
 }
 
 // The Hopper family's plan; a sentence where it does not serve the problem or the device, or is not wanted.

@@ -27,14 +27,14 @@ constexpr double kBusy = 0.15;                     // slower by this where every
 constexpr double kGBs = 3800;                      // 0.89 of what a copy moves
 // From here to kBytesInL2 fitted to what csrc/kernels/DESIGN.md lists ("The planner against the clock"; `bench plans`
 // measures it), kBytesInL2 chosen.
-constexpr double kFirstUs = 7.2;      // launch, first copies, last stores
+constexpr double kFirstUs = 6.4;      // launch, first copies, last stores
 constexpr double kStatePassUs = 5.7;  // the same of the passes before
-constexpr double kCombineUs = 5.0;
+constexpr double kCombineUs = 4.5, kCombineGBs = 2500;
 constexpr double kTurnUs = 8.0;       // from one item of a block to its next
-constexpr double kDqUs = 7.2;         // of dq beside dk and dv, where a quarter of the SMs or more is left
-constexpr double kDqBehindUs = 20.0;  // of dq on the SMs of dk and dv, behind them
+constexpr double kDqUs = 1.0;         // of dq beside dk and dv, where a quarter of the SMs or more is left
+constexpr double kDqBehindUs = 12.0;  // of dq on the SMs of dk and dv, behind them
 constexpr double kBeside = 1.13;      // dk and dv while dq is computed on other SMs
-constexpr double kTogetherUs = 7.8;   // in one pass: blocks wait for each other
+constexpr double kTogetherUs = 5.6;   // in one pass: blocks wait for each other
 constexpr double kSegmentUs = 0.08;   // and walk what each segment gathered
 constexpr double kBytesInL2 = 40e6;   // of b and c, which the main pass then finds there
 // Packed, what an item costs a block beside its chunks, forward and in extend (which brings states in and out), by
@@ -54,11 +54,11 @@ const Sm90Cost* find(int tile_a, int slice) {
 
 // Slices side by side in a cluster: pairs where they come out even. Four at a time lost: with two stages a block waits
 // for its copies, and for the slowest of four (csrc/kernels/DESIGN.md).
-// None in packed forwards of several sequences where D and E are up to 128: there blocks of unlike items start one by
-// one. (With larger dims that was not measured.)
+// None in forwards where D and E are up to 128: what a cluster costs to start and to wait for is more than the copies
+// it shares. (With larger dims that was not measured.)
 int cluster_for(const Problem& p, int64_t slices, const Forced& forced) {
   if (forced.cluster != 0) return static_cast<int>(forced.cluster);
-  const bool is_alone = p.packed && p.num_seqs > 1 && !p.backward && p.dim_k <= 128 && p.dim_v <= 128;
+  const bool is_alone = !p.backward && p.dim_k <= 128 && p.dim_v <= 128;
   return slices % 2 == 0 && !is_alone ? 2 : 1;
 }
 
@@ -200,7 +200,8 @@ double one_pass_us(const Problem& p, const DeviceProps& device, const Plan& plan
   // The bytes of k and v, and of q and out.
   const double half =
       static_cast<double>(p.batch * p.heads * p.length) * kBytes * static_cast<double>(p.dim_k + p.dim_v);
-  const double exchange = kTogetherUs + kSegmentUs * static_cast<double>(plan.num_segments) + combine_us(p, plan);
+  const double exchange =
+      kTogetherUs + kSegmentUs * static_cast<double>(plan.num_segments) + combine_us(p, plan, kCombineGBs);
   return kFirstUs + exchange + mean_us(walks, [&](const Walk& walk) {
            return launch_us(device, walk, slices, 1, 1, cost.state_only, half) +
                   launch_us(device, walk, slices, 1, 1, cost.out, half < kBytesInL2 ? half : 2 * half);
@@ -315,7 +316,7 @@ Status plan_sm90(const Problem& p, const DeviceProps& device, const Forced& forc
           add_states(1, p.dim_k, p.dim_v, 1);
           candidate.local_states += candidate.num_units;
         }
-        if (combines) us += combine_us(p, candidate);
+        if (combines) us += combine_us(p, candidate, kCombineGBs);
         const double together = one_pass_us(p, device, candidate, walks);
         const bool is_short = candidate.segment_len < kMinSegment && forced.segments == 0;  // for three passes
         if (together == 0 && (forced.passes == 1 || is_short)) continue;
