@@ -82,7 +82,7 @@ int64_t shared_bytes(Family family, const Tile& tile, bool slope_grad) {
   return family == Family::kSm80 ? sm80_shared_bytes(tile, slope_grad) : 48 * 1024;
 }
 
-// One launch of `jobs` blocks-per-unit shapes, every block walking `chunks` chunks.
+// What `blocks` blocks take that walk `tokens` tokens each, beside the launch itself.
 double walking_us(const TileCost& cost, const ChunkCost& chunk, int64_t blocks, int64_t tokens,
                   const DeviceProps& device, bool slope_grad, Family family) {
   if (blocks == 0 || tokens == 0) return 0;

@@ -17,8 +17,7 @@ struct Forced {
   bool is_for_sm90() const { return cluster != 0 || blocks != 0 || passes != 0 || pieces != 0; }
 };
 
-constexpr int64_t kSegmentStep = 64;  // every chunk size divides it
-constexpr int64_t kMinSegment = 64;
+constexpr int64_t kSegmentStep = 64;  // every chunk size divides it; the shortest segment
 constexpr int64_t kMaxSegments = 64;  // the combine pass walks them one by one
 constexpr double kWorthwhile = 0.97;  // more segments only for a gain beyond the cost model's precision
 
@@ -31,7 +30,7 @@ inline int tile_a_for(int64_t dim) { return dim <= 64 ? 64 : dim <= 128 ? 128 : 
 inline std::vector<int64_t> counts_of_segments(const Problem& p, const Forced& forced) {
   if (forced.segments > 0) return {forced.segments};
   std::vector<int64_t> counts;
-  const int64_t most = std::min(kMaxSegments, std::max<int64_t>(1, p.length / kMinSegment));
+  const int64_t most = std::min(kMaxSegments, std::max<int64_t>(1, p.length / kSegmentStep));
   for (int64_t n = 1; n <= most; n = n < 4 ? n + 1 : n + n / 4) counts.push_back(n);
   return counts;
 }

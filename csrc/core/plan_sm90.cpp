@@ -55,7 +55,7 @@ const Sm90Cost* find(int tile_a, int slice) {
 // Slices side by side in a cluster: pairs where they come out even. Four at a time lost: with two stages a block waits
 // for its copies, and for the slowest of four (csrc/kernels/DESIGN.md).
 // None in forwards where D and E are up to 128: what a cluster costs to start and to wait for is more than the copies
-// it shares. (With larger dims that was not measured.)
+// it shares. (Measured at D = E = 128, with larger dims not.)
 int cluster_for(const Problem& p, int64_t slices, const Forced& forced) {
   if (forced.cluster != 0) return static_cast<int>(forced.cluster);
   const bool is_alone = !p.backward && p.dim_k <= 128 && p.dim_v <= 128;
@@ -170,7 +170,7 @@ double launch_us(const DeviceProps& device, const Walk& walk, int64_t width, int
   return std::pow(std::pow(walking + std::max(turns, 0.0), 8) + std::pow(copying, 8), 1.0 / 8);
 }
 
-// Segments to consider, forward also as many as one pass has room for, and short ones.
+// Segments to consider, forward also as many as one pass has room for.
 std::vector<int64_t> counts_with_one_pass(const Problem& p, const DeviceProps& device, const Forced& forced) {
   std::vector<int64_t> counts = counts_of_segments(p, forced);
   if (p.backward || forced.segments > 0) return counts;
@@ -318,10 +318,8 @@ Status plan_sm90(const Problem& p, const DeviceProps& device, const Forced& forc
         }
         if (combines) us += combine_us(p, candidate, kCombineGBs);
         const double together = one_pass_us(p, device, candidate, walks);
-        const bool is_short = candidate.segment_len < kMinSegment && forced.segments == 0;  // for three passes
-        if (together == 0 && (forced.passes == 1 || is_short)) continue;
-        candidate.in_one_pass =
-            together != 0 && forced.passes != 3 && (together < us || forced.passes == 1 || is_short);
+        if (together == 0 && forced.passes == 1) continue;
+        candidate.in_one_pass = together != 0 && forced.passes != 3 && (together < us || forced.passes == 1);
         if (candidate.in_one_pass) {
           us = together;
           candidate.clusters[0] = 1;

@@ -327,6 +327,24 @@ def test_packed_items_have_a_block_each_unless_turns_are_forced(core):
         )
 
 
+def test_short_backwards_of_few_heads_are_cut_short(core):
+    """csrc/kernels/DESIGN.md, "Fitted anew": 26 us at (1,4,1024) where segments of 256 tokens take 38."""
+    device = core.device("sm_90x132")
+    for text in ("1,1,512,128,128,bf16,backward", "1,4,1024,128,128,bf16,backward", "1,8,1024,128,128,bf16,backward"):
+        assert core.plan(core.problem(text), device).segment_len < 256
+
+
+def test_forwards_have_no_clusters(core):
+    """Up to D = E = 128 a cluster costs more than the copies that it shares."""
+    device = core.device("sm_90x132")
+    for text, cluster in (
+        ("1,64,8192,128,128,bf16", 1),
+        ("1,8,256,128,128,bf16", 1),
+        ("4,32,4096,256,256,bf16", 2),
+    ):
+        assert core.plan(core.problem(text), device, "family=sm90").clusters[0] == cluster
+
+
 def test_packed_plans_weigh_equal_lengths_and_one_long(core):
     """Few heads: one sequence with half of the tokens is cut. Many: nothing is gained by it. One sequence: as dense."""
     device = core.device("sm_90x132")
