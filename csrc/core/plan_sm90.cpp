@@ -28,18 +28,23 @@ constexpr double kGBs = 3800;                      // 0.89 of what a copy moves
 // From here to kBytesInL2 fitted to what csrc/kernels/DESIGN.md lists ("The planner against the clock"; `bench plans`
 // measures it), kBytesInL2 chosen.
 constexpr double kFirstUs = 6.4;      // launch, first copies, last stores
-constexpr double kStatePassUs = 5.7;  // the same of the passes before
+constexpr double kStatePassUs = 6.9;  // the same of the passes before
 constexpr double kCombineUs = 4.5, kCombineGBs = 2500;
 constexpr double kTurnUs = 8.0;       // from one item of a block to its next
 constexpr double kDqUs = 1.0;         // of dq beside dk and dv, where a quarter of the SMs or more is left
 constexpr double kDqBehindUs = 12.0;  // of dq on the SMs of dk and dv, behind them
 constexpr double kBeside = 1.13;      // dk and dv while dq is computed on other SMs
-constexpr double kTogetherUs = 5.6;   // in one pass: blocks wait for each other
-constexpr double kSegmentUs = 0.08;   // and walk what each segment gathered
-constexpr double kBytesInL2 = 40e6;   // of b and c, which the main pass then finds there
+constexpr double kOneWaitUs = 4.4;    // in one pass: blocks wait for each other
+constexpr double kAddUs = 0.06;       // and add up what each segment before gathered, 32 KB;
+constexpr double kAddBusyUs = 0.3;    // longer where every SM does
+constexpr double kTogetherUs = 6.0;   // or wait twice, of more segments than this by columns of b (one_pass.cuh)
+constexpr int64_t kMostAdded = 16 * 128;
+constexpr double kSegmentUs = 0.08;  // and walk what each segment gathered
+constexpr double kBytesInL2 = 40e6;  // of b and c, which the main pass then finds there
 // Packed, what an item costs a block beside its chunks, forward and in extend (which brings states in and out), by
 // slice: fitted to 28 plans (csrc/kernels/DESIGN.md, "extend"). Gradients were not measured.
 constexpr double kPackedItemUs64 = 2.0, kPackedItemUs128 = 8.0, kExtendItemUs64 = 6.0, kExtendItemUs128 = 14.0;
+constexpr double kExtendPassesUs = 10.2;  // the passes before the main one, in extend
 constexpr int kBytes = 2;
 constexpr int64_t kMostTurns = 1000;  // blocks of a launch for each that is resident
 
@@ -151,7 +156,7 @@ void set_lanes(const Problem& p, const DeviceProps& device, const Forced& forced
     plan->max_blocks[0] = lanes * blocks;
   }
   plan->item_tokens = std::max<int64_t>(1, std::llround(packed_item_us(p, tile.slice) / us_of_token));
-  plan->pass_tokens = std::llround((kStatePassUs + kCombineUs) / us_of_token);
+  plan->pass_tokens = std::llround(kExtendPassesUs / us_of_token);
   plan->cuts_if_it_gains = plan->num_segments > 1 && plan->lanes > 0 && forced.segments == 0;
 }
 
@@ -200,8 +205,11 @@ double one_pass_us(const Problem& p, const DeviceProps& device, const Plan& plan
   // The bytes of k and v, and of q and out.
   const double half =
       static_cast<double>(p.batch * p.heads * p.length) * kBytes * static_cast<double>(p.dim_k + p.dim_v);
-  const double exchange =
-      kTogetherUs + kSegmentUs * static_cast<double>(plan.num_segments) + combine_us(p, plan, kCombineGBs);
+  const double segments = static_cast<double>(plan.num_segments);
+  const double busy = static_cast<double>(plan.num_units * p.heads * slices) / device.num_sms;
+  const double exchange = plan.num_segments * tile.tile_a <= kMostAdded
+                              ? kOneWaitUs + (kAddUs + kAddBusyUs * busy) * segments * tile.tile_a / 128
+                              : kTogetherUs + kSegmentUs * segments + combine_us(p, plan, kCombineGBs);
   return kFirstUs + exchange + mean_us(walks, [&](const Walk& walk) {
            return launch_us(device, walk, slices, 1, 1, cost.state_only, half) +
                   launch_us(device, walk, slices, 1, 1, cost.out, half < kBytesInL2 ? half : 2 * half);

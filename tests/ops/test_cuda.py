@@ -90,17 +90,35 @@ def test_every_hopper_plan(monkeypatch, dtype, dims, plan):
 @pytest.mark.parametrize("dims", [d for d in HOPPER_DIMS if max(d) <= 128], ids=plan_id)
 @pytest.mark.parametrize("dtype", HALVES, ids=plan_id)
 def test_one_pass_has_the_bits_of_three(monkeypatch, dtype, dims, segments):
-    """The state pass, the combine pass and the main pass in one kernel: the same arithmetic in the same order."""
+    """The state pass and the main pass in one kernel: the same arithmetic in the same order."""
     for x in dense_and_packed(dims, dtype):
-        got = {}
-        for passes in (3, 1, 1):
-            monkeypatch.setenv("LA2_PLAN", f"family=sm90,slice=64,segments={segments},passes={passes}")
-            got.setdefault(passes, la2.forward_with_state(*x.args, **x.options))
-            assert_equal(la2.forward_with_state(*x.args, **x.options), got[passes])
-        assert_equal(got[1], got[3])
-        check_forward(x, *got[1])
-        # And one it was: where not all blocks can be resident three are launched instead.
-        assert any("one_pass" in name for name in kernel_times(lambda: la2.forward(*x.args, **x.options), 1))  # noqa: B023
+        check_one_pass(monkeypatch, x, segments)
+
+
+@needs_hopper
+@pytest.mark.parametrize("dims, segments", (((128, 128), 12), ((128, 128), 18), ((64, 64), 35)), ids=plan_id)
+@pytest.mark.parametrize("dtype", HALVES, ids=plan_id)
+def test_one_pass_of_many_segments(monkeypatch, dtype, dims, segments):
+    """What a block would have to add up is combined from some number on: of those here the first one is below it."""
+    common = {"heads": 1, "key_dim": dims[0], "value_dim": dims[1], "dtype": dtype}
+    dense = Case(length=2230, state_layout="kv", **common).make(CUDA)
+    dense.slope = torch.tensor([0.003], device=CUDA)
+    packed = Case(lengths=(130, 0, 2100), **common).make(CUDA)
+    packed.slope = dense.slope
+    for x in (dense, packed):
+        check_one_pass(monkeypatch, x, segments)
+
+
+def check_one_pass(monkeypatch, x, segments):
+    got = {}
+    for passes in (3, 1, 1):
+        monkeypatch.setenv("LA2_PLAN", f"family=sm90,slice=64,segments={segments},passes={passes}")
+        got.setdefault(passes, la2.forward_with_state(*x.args, **x.options))
+        assert_equal(la2.forward_with_state(*x.args, **x.options), got[passes])
+    assert_equal(got[1], got[3])
+    check_forward(x, *got[1])
+    # And one it was: where not all blocks can be resident three are launched instead.
+    assert any("one_pass" in name for name in kernel_times(lambda: la2.forward(*x.args, **x.options), 1))
 
 
 @needs_hopper

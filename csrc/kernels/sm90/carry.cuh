@@ -64,23 +64,36 @@ __device__ __forceinline__ float operand_range(const StateAccumulators<Cfg>& z, 
   return power_of_two(-exponent);
 }
 
-// Takes up an item: the powers of its decay, and Z as the kernels before this one or the caller left it; zero where
-// neither did.
-template <class Cfg>
+// What enters an item as it lies in memory, the sum of how many states, and when it is there: here, as the kernels
+// before this one have combined it. (one_pass.cuh has the other case.)
+struct CombinedStates {
+  __device__ __forceinline__ int count(const TrilinearParams&, const Item&) const { return 1; }
+  __device__ __forceinline__ void wait(const Item&) const {}
+};
+
+// Takes up an item: the powers of its decay, and Z as the segments before it or the caller left it; zero where neither
+// did.
+template <class Cfg, class States>
 __device__ __forceinline__ void take_up(StateAccumulators<Cfg>& z, SharedStorage<Cfg>& smem, const TrilinearParams& p,
-                                        const TrilinearJob& job, const Item& item, bool reverse,
+                                        const TrilinearJob& job, const Item& item, const States& states, bool reverse,
                                         const WarpgroupLane& me) {
   ptx::named_barrier_sync(kStateWarps, 128);
   smem.powers.fill(simt::slope_of<float>(p, item.sequence, item.head), ptx::opaque(threadIdx.x % 128), 128);
   ptx::named_barrier_sync(kStateWarps, 128);
+  const int count = states.count(p, item);
+  float decay = 1;
+  if (count > 1)
+    decay = rounded_decay_power(simt::slope_of<float>(p, item.sequence, item.head), static_cast<int>(p.segment_len));
+  states.wait(item);
 #pragma unroll
   for (int block = 0; block < Cfg::kSlice / 64; ++block) {
     clear(z[block]);
     if (item.is_first && !(Cfg::kHasTable && has_copy_of_initial(p, item))) {
       load_state<!Cfg::kSplit>(z[block], job.initial, item, block * 64, job.dim_a, job.dim_c - item.first_col, me);
     } else if (block * 64 < job.dim_c - item.first_col) {
-      const int unit = Cfg::kHasTable && item.is_first ? unit_of_copy(item) : item.unit + (reverse ? 1 : -1);
-      load_fragment(z[block], fragment_of<Cfg::kTileA>(job, item, unit, block, me));
+      const int unit = Cfg::kHasTable && item.is_first ? unit_of_copy(item) : item.unit + (reverse ? count : -count);
+      load_sum(z[block], fragment_of<Cfg::kTileA>(job, item, unit, block, me),
+               (reverse ? -job.local.stride_s : job.local.stride_s) / 4, count, decay);
     }
   }
 }
@@ -131,7 +144,7 @@ __device__ __forceinline__ void carry_state(SharedStorage<Cfg>& smem, const Tril
     const Item item = schedule.item(p, job, index, Cfg::kSlice);
     if (!item.is_valid) break;
     StateAccumulators<Cfg> z;
-    take_up<Cfg>(z, smem, p, job, item, reverse, me);
+    take_up<Cfg>(z, smem, p, job, item, CombinedStates(), reverse, me);
 
     const bool wants_state = job.final.data != nullptr && item.is_last;
     int filled = -1;
@@ -156,9 +169,9 @@ __device__ __forceinline__ void carry_state(SharedStorage<Cfg>& smem, const Tril
 // The same with a chunk's update of the state in flight while Z as it enters the chunk is handed over. A product is
 // issued and waited for in one pass of the loop: across its end ptxas gives the registers of weighted to others while
 // the tensor core still reads them (../DESIGN.md).
-template <class Cfg>
+template <class Cfg, class States>
 __device__ __forceinline__ void carry_state_ahead(SharedStorage<Cfg>& smem, const TrilinearParams& p,
-                                                  const TrilinearJob& job, bool reads_previous) {
+                                                  const TrilinearJob& job, bool reads_previous, const States& states) {
   using T = typename Cfg::T;
   static_assert(Cfg::kSlice == 64 && !Cfg::kSplit);
   const Schedule<Cfg::kAlone, Cfg::kInCluster, Cfg::kHasTable> schedule(job);
@@ -172,7 +185,7 @@ __device__ __forceinline__ void carry_state_ahead(SharedStorage<Cfg>& smem, cons
     const Item item = schedule.item(p, job, index, Cfg::kSlice);
     if (!item.is_valid) break;
     StateAccumulators<Cfg> z;
-    take_up<Cfg>(z, smem, p, job, item, reverse, me);
+    take_up<Cfg>(z, smem, p, job, item, states, reverse, me);
     const bool wants_state = job.final.data != nullptr && item.is_last;
     if (item.num_chunks > 0) {
       HeldWeights<T> weights;

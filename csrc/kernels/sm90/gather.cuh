@@ -76,6 +76,14 @@ __device__ inline Steps steps_of(const TrilinearParams& p, const Item& item, int
   return {piece + 1 == p.num_pieces ? begin : max(begin, end - p.piece_chunks), end};
 }
 
+// Starts to fetch a chunk's b and c into L2.
+template <class Cfg>
+__device__ __forceinline__ void prefetch_tiles(const JobMaps& maps, ptx::TmaBox box, int first_col) {
+  for (box.col = 0; box.col < Cfg::kTileA; box.col += 64) ptx::tma_prefetch(&maps.b, box);
+  box.col = first_col;
+  ptx::tma_prefetch(&maps.c, box);
+}
+
 template <class Cfg>
 __device__ __forceinline__ void produce(GatherStorage<Cfg>& smem, const TrilinearParams& p, const TrilinearJob& job,
                                         const JobMaps& maps) {
@@ -86,6 +94,9 @@ __device__ __forceinline__ void produce(GatherStorage<Cfg>& smem, const Trilinea
   for (int index = schedule.first(); index < schedule.count(p); index = schedule.after(index, p)) {
     const Item item = schedule.item(p, job, index, Cfg::kSlice);
     if (!item.is_valid) break;
+    if constexpr (Cfg::kAlone)  // the main pass wants them in any case; what this one wants, the slope has yet to tell
+      if (lane < min(Cfg::kStages, item.num_chunks))
+        prefetch_tiles<Cfg>(maps, item.box(item.chunk_at(lane)), item.first_col);
     const Steps steps = steps_of(p, item, schedule.piece(p, index));
     for (int step = steps.begin; step < steps.end; ++step, ring.advance()) {
       const int chunk = item.chunk_at(step), rows = item.rows_of(chunk);

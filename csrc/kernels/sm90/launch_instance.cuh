@@ -31,9 +31,8 @@ cudaError_t LA2_INSTANCE_FUNCTION(LA2_INSTANCE_NAME)(const TrilinearParams& give
   if (options.in_one_pass) {
     if constexpr (kHasOnePass<Cfg>) {
       static_assert(sizeof(OnePassStorage<Cfg>) <= kMostShared);
-      const bool combines = params.by_segments.divisor > 2 || params.cu_seqlens.data != nullptr;
       return launch_kernel(la2_one_pass_sm90_kernel<Cfg>, blocks, 1, Cfg::kThreads, sizeof(OnePassStorage<Cfg>),
-                           options, stream, params, maps, combines);
+                           options, stream, params, maps);
     }
     return cudaErrorInvalidDeviceFunction;
   }

@@ -1,5 +1,6 @@
 // Few heads, bf16 and fp16: the state pass, the combine pass and the main pass of a launch in one kernel, whose blocks
-// are all resident and wait for each other. The notebook is ../DESIGN.md.
+// are all resident and wait for each other. Of few segments none is combined: each block adds up itself what the ones
+// before its own gathered, and waits once, as late as it can. The notebook is ../DESIGN.md.
 #pragma once
 
 #include <cooperative_groups.h>
@@ -14,10 +15,10 @@ namespace la2::sm90 {
 template <class Cfg>
 constexpr bool kHasOnePass = !Cfg::kSplit && Cfg::kSlice == 64 && Cfg::kTileA <= 128;
 
-// Of a Config: the same for one item a block, and its state pass.
+// Of a Config: the same for one item a block, none of a table, and its state pass.
 template <class Cfg>
 struct Alone : Cfg {
-  static constexpr bool kAlone = true, kInCluster = false;
+  static constexpr bool kAlone = true, kInCluster = false, kHasTable = false;
 };
 template <class Cfg>
 using GatherOf = GatherConfig<typename Cfg::T, Cfg::kTileA, Cfg::kSlice, Cfg::kSplit, true>;
@@ -62,11 +63,43 @@ __device__ __forceinline__ void combine_segments(const TrilinearParams& p, const
   }
 }
 
-// Grid: x = blocks of items, an item each, all resident. combines: some sequence has more than two segments.
+// Of more segments, a combine pass and another wait cost less than what each block would read: 512 KB.
+template <class Cfg>
+constexpr int kMostSegmentsAdded = 16 * 128 / Cfg::kTileA;
+
+// What enters an item: the sum of what the segments before it gathered alone, there once all blocks have arrived at the
+// grid's barrier (gathered); or combined, and there already. Forward sweeps.
+class StatesOfGrid {
+ public:
+  using Arrival = cooperative_groups::grid_group::arrival_token;
+  __device__ StatesOfGrid(Arrival gathered, bool is_combined) : gathered_(gathered), is_combined_(is_combined) {}
+
+  __device__ __forceinline__ int count(const TrilinearParams& p, const Item& item) const {
+    if (is_combined_) return 1;
+    const bool is_packed = p.cu_seqlens.data != nullptr;
+    const int begin =
+        is_packed ? static_cast<int>(simt::sequence_rows(p.cu_seqlens, item.sequence, p.sizes.length).begin) : 0;
+    return p.by_segment_len.small_quotient(item.row_begin - begin);
+  }
+  // All threads of a block once, or none where its segment is the first (others have chunks, so that no role passes
+  // them over): they meet at barrier 0, thread 0 when the grid's is complete.
+  __device__ __forceinline__ void wait(const Item& item) const {
+    if (!is_combined_ && !item.is_first) cooperative_groups::this_grid().barrier_wait(Arrival(gathered_));
+  }
+
+ private:
+  Arrival gathered_;
+  bool is_combined_;
+};
+
+// Grid: x = blocks of items, an item each, all resident.
+//
+// A hang is impossible by construction: a block arrives at the grid's barrier, whatever its item, before it waits for
+// others; each thread then comes to StatesOfGrid::wait, or all pass it, having waited for copies and its own warpgroup
+// alone. The rest is as in la2_trilinear_sm90_kernel.
 template <class Base>
 __global__ void __launch_bounds__(Base::kThreads, 1)
-    la2_one_pass_sm90_kernel(const __grid_constant__ TrilinearParams p, const __grid_constant__ TrilinearMaps maps,
-                             bool combines) {
+    la2_one_pass_sm90_kernel(const __grid_constant__ TrilinearParams p, const __grid_constant__ TrilinearMaps maps) {
   using Cfg = Alone<Base>;
   using Gather = GatherOf<Cfg>;
   extern __shared__ __align__(1024) char raw[];
@@ -74,8 +107,13 @@ __global__ void __launch_bounds__(Base::kThreads, 1)
   const TrilinearJob& job = p.jobs[0];
   const int role = threadIdx.x / 128;
   const auto grid = cooperative_groups::this_grid();
+  const bool combines = p.by_segments.divisor > kMostSegmentsAdded<Cfg>;  // no packed sequence has more either
 
-  if (threadIdx.x == 0) init_barriers(smem.gather, 1);
+  if (threadIdx.x == 0) {
+    init_barriers(smem.gather, 1);
+    ptx::tma_prefetch_map(&maps.jobs[0].b);
+    ptx::tma_prefetch_map(&maps.jobs[0].c);
+  }
   __syncthreads();
   if (role == 0) {
     if (threadIdx.x < 32) {
@@ -86,17 +124,18 @@ __global__ void __launch_bounds__(Base::kThreads, 1)
     gather<Gather>(smem.gather, p, job, role - 1);
   }
   ptx::fence_proxy_async();  // before copies overwrite what threads wrote
-  __syncthreads();
+  const auto gathered = grid.barrier_arrive();
   if (threadIdx.x == 0) {
     invalidate_barriers(smem.gather);
     init_barriers(smem.main, p, 1);
   }
-  grid.sync();
+  __syncthreads();
   if (combines) {
+    grid.barrier_wait(StatesOfGrid::Arrival(gathered));
     combine_segments<Cfg::kThreads>(p, job);
     grid.sync();
   }
-  run_roles(smem.main, p, job, maps.jobs, false);
+  run_roles(smem.main, p, job, maps.jobs, false, StatesOfGrid(gathered, combines));
 }
 
 }  // namespace la2::sm90

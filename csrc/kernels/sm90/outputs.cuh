@@ -158,9 +158,10 @@ __device__ __forceinline__ void write_outputs(SharedStorage<Cfg>& smem, const Tr
 }
 
 // The same by one of two warpgroups that take the chunks in turns, for the other is at work while this one waits.
-template <class Cfg>
+template <class Cfg, class States>
 __device__ __forceinline__ void write_outputs_in_turns(SharedStorage<Cfg>& smem, const TrilinearParams& p,
-                                                       const TrilinearJob& job, const JobMaps& maps, int group) {
+                                                       const TrilinearJob& job, const JobMaps& maps, int group,
+                                                       const States& states) {
   using T = typename Cfg::T;
   const Schedule<Cfg::kAlone, Cfg::kInCluster, Cfg::kHasTable> schedule(job);
   const WarpgroupLane me;
@@ -180,6 +181,7 @@ __device__ __forceinline__ void write_outputs_in_turns(SharedStorage<Cfg>& smem,
     weights.fill(simt::slope_of<float>(p, item.sequence, item.head), inter, intra, reverse,
                  ptx::opaque(threadIdx.x % 128), 128);
     ptx::named_barrier_sync(my_warps, 128);
+    states.wait(item);
 
     for (int step = 0; step < item.num_chunks; ++step, ring.advance(), state_ring.advance()) {
       is_my_turn = !is_my_turn;

@@ -133,6 +133,26 @@ __device__ __forceinline__ void load_fragment(Accumulators<kRegs>& z, const floa
     z[4 * i + 3] = part.w;
   }
 }
+// Z^T = lambda^len Z^T + next, over `count` states that lie `step` apart, from the first one on. The loads of two are
+// under way at once: ptxas waits for all that are, and then adds both.
+template <int kRegs>
+__device__ __forceinline__ void load_sum(Accumulators<kRegs>& z, const float4* from, int64_t step, int count,
+                                         float decay) {
+  Accumulators<kRegs> next[2];
+  load_fragment(z, from);
+#pragma unroll
+  for (int i = 0; i < 2; ++i)
+    if (1 + i < count) load_fragment(next[i], from += step);
+#pragma unroll 1
+  for (int first = 1; first < count; first += 2) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (first + i >= count) break;
+      add_update(z, decay, next[i]);
+      if (first + i + 2 < count) load_fragment(next[i], from += step);
+    }
+  }
+}
 template <int kRegs>
 __device__ __forceinline__ void store_fragment(const Accumulators<kRegs>& z, float4* to) {
 #pragma unroll

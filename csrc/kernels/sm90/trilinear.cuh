@@ -10,9 +10,9 @@ namespace la2::sm90 {
 // ---- producer
 
 // Warp 0 of the producer warpgroup; lane 0 starts the copies.
-template <class Cfg>
+template <class Cfg, class States>
 __device__ __forceinline__ void produce(SharedStorage<Cfg>& smem, const TrilinearParams& p, const TrilinearJob& job,
-                                        const JobMaps* maps) {
+                                        const JobMaps* maps, const States& states) {
   const Schedule<Cfg::kAlone, Cfg::kInCluster, Cfg::kHasTable> schedule(job);
   const int lane = threadIdx.x % 32;
   Ring<Cfg::kStages> ring;
@@ -41,8 +41,18 @@ __device__ __forceinline__ void produce(SharedStorage<Cfg>& smem, const Trilinea
           load_tile<typename Cfg::TileC>(shared_address(&stage.second_a[0]), &maps[1].a, barrier, box, 0);
       }
       if (clears) clear_tail(stage.b, stage.c, rows, barrier, full, ring.stage, tail_parities, lane);
+      // Of the stages left none comes free before those wait as well who read them.
+      if (step + 1 == min(Cfg::kStages, item.num_chunks)) states.wait(item);
     }
   }
+}
+
+// A warp without a role, where all threads of a block wait for the states of its one item.
+template <class Cfg, class States>
+__device__ __forceinline__ void wait_idly(const TrilinearParams& p, const TrilinearJob& job, const States& states) {
+  const Schedule<Cfg::kAlone, Cfg::kInCluster, Cfg::kHasTable> schedule(job);
+  const Item item = schedule.item(p, job, schedule.first(), Cfg::kSlice);
+  if (item.is_valid) states.wait(item);
 }
 
 // Warp 1 of the producer warpgroup, where a has stages of its own.
@@ -94,13 +104,15 @@ __device__ __forceinline__ void init_barriers(SharedStorage<Cfg>& smem, const Tr
 }
 
 // All threads, once: each warpgroup takes its registers and its role.
-template <class Cfg>
+template <class Cfg, class States>
 __device__ __forceinline__ void run_roles(SharedStorage<Cfg>& smem, const TrilinearParams& p, const TrilinearJob& job,
-                                          const JobMaps* job_maps, bool reads_previous) {
+                                          const JobMaps* job_maps, bool reads_previous, const States& states) {
   const int role = threadIdx.x / 128;
   if (role == 0) {
     ptx::registers_release<Cfg::kProducerRegisters>();
-    if (threadIdx.x < 32) produce<Cfg>(smem, p, job, job_maps);
+    if (threadIdx.x < 32) produce<Cfg>(smem, p, job, job_maps, states);
+    if constexpr (Cfg::kAlone)
+      if (threadIdx.x >= 32) wait_idly<Cfg>(p, job, states);
     if constexpr (Cfg::kStagesOfA > 0)
       if (threadIdx.x / 32 == 1) produce_a<Cfg>(smem, p, job, job_maps->a);
     if constexpr (Cfg::kStorers > 0) {
@@ -110,7 +122,7 @@ __device__ __forceinline__ void run_roles(SharedStorage<Cfg>& smem, const Trilin
   } else if (role <= Cfg::kOutputGroups) {
     ptx::registers_acquire<Cfg::kOutputRegisters>();
     if constexpr (Cfg::kTakesTurns) {
-      write_outputs_in_turns<Cfg>(smem, p, job, *job_maps, role - 1);
+      write_outputs_in_turns<Cfg>(smem, p, job, *job_maps, role - 1, states);
     } else if constexpr (Cfg::kBoth) {
       write_both_outputs<Cfg>(smem, p);
     } else {
@@ -119,7 +131,7 @@ __device__ __forceinline__ void run_roles(SharedStorage<Cfg>& smem, const Trilin
   } else {
     ptx::registers_acquire<Cfg::kStateRegisters>();
     if constexpr (Cfg::kTakesTurns) {
-      carry_state_ahead<Cfg>(smem, p, job, reads_previous);
+      carry_state_ahead<Cfg>(smem, p, job, reads_previous, states);
     } else {
       carry_state<Cfg>(smem, p, job, reads_previous);
     }
@@ -171,7 +183,7 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
   ptx::launch_dependents();
   if (cluster > 1) ptx::cluster_sync();
 
-  run_roles(smem, p, job, job_maps, reads_previous);
+  run_roles(smem, p, job, job_maps, reads_previous, CombinedStates());
   // A block may not go while others of its cluster still copy to it or arrive at its barriers.
   if (ptx::cluster_size() > 1) ptx::cluster_sync();
   // Whoever waits for this kernel has thereby waited for the one that it overlaps.
