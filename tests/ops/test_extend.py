@@ -618,6 +618,28 @@ def test_graph(monkeypatch, dtype, plan):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("plan", ("", "family=sm80,segments=2"))
+@pytest.mark.parametrize("offsets", ([0, 2, 0, 2], [2, 0, 0, 0], [-5, 1, 99, 1], [0, 0, 0, 0]))
+def test_snapshots_that_several_requests_claim(monkeypatch, offsets, plan):
+    """Offsets that nobody has checked: some request's snapshot, always the same one, or none; nothing else changes."""
+    monkeypatch.setenv("LA2_PLAN", plan)
+    lengths, slots, snapshots = (300, 70, 5), [(0, 1), (2, 3), (4, 5)], [[(300, 7), (5, 8)], [], []]
+
+    def run(given, **options):
+        x = Problem("cuda", lengths, slots=slots, snapshots=given, dtype=BF16, dims=(64, 64), num_slots=12)
+        options = x.options | {name: x.index(values) for name, values in options.items()}
+        return la2.extend(x.q, x.k, x.v, x.state, x.index(x.ends), x.slope, **options), x.state
+
+    want, states = run(None)
+    first, second = run(snapshots, snapshot_offsets=offsets), run(snapshots, snapshot_offsets=offsets)
+    assert torch.equal(first[0], want) and torch.equal(second[0], want)
+    assert torch.equal(first[1], second[1])
+    others = [slot for slot in range(12) if slot not in (7, 8)]
+    assert torch.equal(first[1][others], states[others])
+    assert first[1].isfinite().all()
+
+
+@pytest.mark.gpu
 def test_memory_that_was_something_else(monkeypatch):
     """Results and workspaces lie in memory full of NaN."""
     lengths = (500, 1, 0, 70, 3)

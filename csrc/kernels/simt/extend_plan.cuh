@@ -96,8 +96,8 @@ __device__ inline int64_t longest_whole(const ExtendParams& params, const Extend
   return max(cutting.segment_len, of_lane);
 }
 
-// Request r of every table that has one entry for each, and its snapshots. The tokens that the trilinear kernels walk:
-// of two or more, and not of padding.
+// Request r of every table that has one entry for each. The tokens that the trilinear kernels walk: of two or more, and
+// not of padding.
 __device__ inline int64_t describe_request(const ExtendParams& params, const ExtendTables& to, int64_t r) {
   const int64_t begin = clamped_index(params.cu_seqlens, r, params.tokens);
   const int64_t end = clamped_index(params.cu_seqlens, r + 1, params.tokens);
@@ -111,16 +111,33 @@ __device__ inline int64_t describe_request(const ExtendParams& params, const Ext
   to.lengths[r] = length;
   to.read_slots[r] = read < 0 && write < 0 ? kPadding : starts_from_zero ? -1 : read;
   to.write_slots[r] = write;
-  const int64_t walked = length > 1 && (read >= 0 || write >= 0) ? length : 0;
-  if (params.snapshots == 0) return walked;
-  const int64_t last = clamped_index(params.snapshot_offsets, r + 1, params.snapshots);
-  for (int64_t m = clamped_index(params.snapshot_offsets, r, params.snapshots); m < last; ++m) {
-    const int64_t count = clamped_index(params.snapshot_tokens, m, length);
-    to.snapshot_units[m] = {begin, count, static_cast<int32_t>(r), static_cast<int32_t>(m), 0, 1, 0, 0};
-    to.snapshot_read_slots[m] = starts_from_zero ? -1 : read;
-    to.snapshot_write_slots[m] = slot_within(index_at(params.snapshot_slots, m), params.slots);
+  return length > 1 && (read >= 0 || write >= 0) ? length : 0;
+}
+
+// The request between whose offsets snapshot m lies; -1: none. Offsets that nobody has checked may name several: it is
+// found from m, so that each entry of a table has one writer.
+__device__ inline int64_t request_of_snapshot(const ExtendParams& params, int64_t m) {
+  auto offset = [&](int64_t r) { return clamped_index(params.snapshot_offsets, r, params.snapshots); };
+  int64_t low = 0, high = params.requests;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (offset(middle + 1) > m)
+      high = middle;
+    else
+      low = middle + 1;
   }
-  return walked;
+  return low < params.requests && offset(low) <= m ? low : -1;
+}
+
+// Snapshot m of every table that has one entry for each, behind describe_request of all. One that no request owns
+// writes nothing.
+__device__ inline void describe_snapshot(const ExtendParams& params, const ExtendTables& to, int64_t m) {
+  const int64_t r = request_of_snapshot(params, m);
+  const int64_t begin = r < 0 ? 0 : to.begins[r], length = r < 0 ? 0 : to.lengths[r];
+  const int64_t count = clamped_index(params.snapshot_tokens, m, length);
+  to.snapshot_units[m] = {begin, count, static_cast<int32_t>(max(r, int64_t{0})), static_cast<int32_t>(m), 0, 1, 0, 0};
+  to.snapshot_read_slots[m] = r < 0 ? -1 : max(to.read_slots[r], int64_t{-1});
+  to.snapshot_write_slots[m] = r < 0 ? -1 : slot_within(index_at(params.snapshot_slots, m), params.slots);
 }
 
 // What a unit costs its lane, in tokens.
@@ -265,15 +282,13 @@ __global__ void __launch_bounds__(kPlanThreads)
   __shared__ Dealer::Shared of_dealer;
   ptx::launch_dependents();
 
-  // A snapshot that no request owns writes nothing.
-  for (int64_t m = threadIdx.x; m < params.snapshots; m += kPlanThreads) {
-    to.snapshot_units[m] = {0, 0, 0, static_cast<int32_t>(m), 0, 1, 0, 0};
-    to.snapshot_read_slots[m] = to.snapshot_write_slots[m] = -1;
-  }
-  __syncthreads();
   // Of a thread's first request, which is all of them as a rule, in a register.
   const int64_t of_first = threadIdx.x < params.requests ? describe_request(params, to, threadIdx.x) : 0;
   for (int64_t r = threadIdx.x + kPlanThreads; r < params.requests; r += kPlanThreads) describe_request(params, to, r);
+  if (params.snapshots > 0) {
+    __syncthreads();
+    for (int64_t m = threadIdx.x; m < params.snapshots; m += kPlanThreads) describe_snapshot(params, to, m);
+  }
   auto walked = [&](int64_t r) -> int64_t {
     if (r < kPlanThreads) return of_first;
     return r < params.requests && to.read_slots[r] != kPadding && to.lengths[r] > 1 ? to.lengths[r] : 0;
