@@ -26,15 +26,19 @@ struct TileCost {
   Tile tile;
   int blocks_per_sm;  // by registers
   ChunkCost main, state_only;
+  // Beside out: gradients, whose operands are split; the same with the slope gradient's sums.
+  double split = 1, with_dots = 1;
 };
 
-// sm80: 16 columns of Dc to a warp; chunks of 64 tokens, 32 where Da is 256 (two stages within 99 KB).
+// sm80: chunks of 64 tokens, 32 where Da is 256 (two stages within 99 KB).
 constexpr TileCost kSm80Tiles[] = {
-    {{64, 64, 64}, 2, {2.42, 1.58}, {1.00, 0.60}},  {{64, 128, 64}, 1, {2.88, 2.88}, {1.10, 1.10}},
-    {{128, 64, 64}, 2, {2.89, 2.08}, {1.40, 0.80}}, {{128, 128, 64}, 1, {3.73, 3.73}, {1.40, 1.40}},
-    {{256, 64, 32}, 2, {2.35, 1.60}, {1.20, 0.80}},
+    {{64, 64, 64}, 2, {2.25, 1.53}, {0.85, 0.65}, 1.18, 1.18},
+    {{64, 128, 64}, 1, {2.75, 2.75}, {1.20, 1.20}, 1.18, 1.18},
+    {{128, 64, 64}, 2, {2.88, 2.12}, {1.20, 0.87}, 1.18, 1.18},
+    {{128, 128, 64}, 1, {2.85, 2.85}, {1.20, 1.20}, 1.36, 1.55},
+    {{256, 64, 32}, 2, {2.23, 1.60}, {1.30, 0.75}, 1.18, 1.18},
 };
-constexpr double kSplitCost = 1.18, kSplitStateCost = 1.22;  // gradients: split operands
+constexpr double kSplitStateCost = 1.22;
 // simt: bound by fp32 and fp64 arithmetic.
 constexpr TileCost kSimtTiles[] = {
     {{64, 64, 32}, 3, {4.5, 3.3}, {2.0, 1.4}},
@@ -46,7 +50,8 @@ constexpr TileCost kSimtDoubleTiles[] = {
     {{128, 32, 32}, 3, {14.0, 10.0}, {6.0, 4.4}},
     {{256, 32, 32}, 2, {26.0, 18.0}, {12.0, 9.0}},
 };
-constexpr double kLaunchUs = 4.5;  // one kernel on the stream
+constexpr double kLaunchUs = 4.5;     // one kernel on the stream
+constexpr double kNextBlockUs = 2.0;  // a block that starts where another one has ended
 // The state pass and the combine pass, before their work: where kernels overlap (compute capability 9.0 and later), and
 // where they do not, which was not measured.
 constexpr double kCutOverlappedUs = 6.0, kCutUs = 12.0, kCombineGBs = 1500;
@@ -91,7 +96,8 @@ double walking_us(const TileCost& cost, const ChunkCost& chunk, int64_t blocks, 
   const int64_t resident = std::min(fitting, ceil_div(blocks, device.num_sms));
   const int64_t waves = ceil_div(blocks, resident * device.num_sms);
   const double per_chunk = std::max(chunk.alone, static_cast<double>(resident) * chunk.shared);
-  return static_cast<double>(waves * ceil_div(tokens, cost.tile.chunk)) * per_chunk;
+  return static_cast<double>(waves * ceil_div(tokens, cost.tile.chunk)) * per_chunk +
+         static_cast<double>(waves - 1) * kNextBlockUs;
 }
 
 const char* dtype_text(DType dtype) {
@@ -197,11 +203,13 @@ Candidate evaluate(const Problem& p, const DeviceProps& device, Family family,
       blocks += units * p.heads * slices;
       if (j < 2) state_blocks += units * p.heads * slices;  // dv shares dk's states
     }
-    us += kLaunchUs + walking_us(*tiles[i], tiles[i]->main, blocks, walked, device, p.slope_grad, family) *
-                          (is_split ? kSplitCost : 1.0);
-    if (cut && i == 0)
-      us += walking_us(*tiles[i], tiles[i]->state_only, state_blocks, walked, device, false, family) *
+    const double beside_out = !is_split ? 1.0 : p.slope_grad ? tiles[i]->with_dots : tiles[i]->split;
+    us += kLaunchUs + beside_out * walking_us(*tiles[i], tiles[i]->main, blocks, walked, device, p.slope_grad, family);
+    if (cut && i == 0) {
+      const int64_t gathered = family == Family::kSm80 ? std::min(walked, kLongestWindow) : walked;
+      us += walking_us(*tiles[i], tiles[i]->state_only, state_blocks, gathered, device, false, family) *
             (is_split ? kSplitStateCost : 1.0);
+    }
   }
   const bool overlaps = device.compute_capability >= 90 && family != Family::kSimt;
   if (cut) us += (overlaps ? kCutOverlappedUs : kCutUs) + combine_us(p, plan, kCombineGBs);

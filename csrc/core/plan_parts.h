@@ -60,6 +60,10 @@ inline int64_t workspace_floats(const Problem& p, const Plan& plan) {
   return plan.local_states * p.heads * state + plan.dot_floats;
 }
 
+// Tokens that the state pass of the 16-bit families gathers of a long segment at most, where all blocks walk at once:
+// what a slope of 2^-8 leaves something of (simt/units.cuh, window_chunks). The host does not know the slopes.
+constexpr int64_t kLongestWindow = 111 * 64;
+
 // Local states read and written, at so many GB/s.
 inline double combine_us(const Problem& p, const Plan& plan, double gbs) {
   const int64_t bytes = 8 * plan.local_states * p.heads * p.dim_k * p.dim_v;

