@@ -371,6 +371,34 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_o
   return {dq, dk, dv, dslope, dinitial_state};
 }
 
+// The state pass of dq (reverse: of dk), whose operands are split, on whole sequences: states as exact as float32.
+Tensor states(const Tensor& k, const Tensor& v, const OptTensor& slope, const OptTensor& cu_seqlens, bool reverse) {
+  const Attention args = check_attention("la2::_states", kDevice, k, k, v, slope, std::nullopt, cu_seqlens, 1);
+  const Sizes& s = args.sizes;
+  Tensor result = empty_state(args);
+  const Device device(args.op, args.k);
+  if (device.values_are_checked()) check_values(args);
+  const Plan plan = plan_for(args, true, false, true, device);
+  TrilinearParams params = common_params(args, plan);
+  constexpr int64_t kChunks = 64;  // of any kernel
+  set_segment_len(params, (s.length / kChunks + 1) * kChunks);
+  params.num_units = s.num_seqs;
+  params.is_cut = false;
+  params.num_pieces = 1;
+  params.states_alone = true;
+  params.num_jobs = 1;
+  TrilinearJob& job = params.jobs[0];
+  job.b = rows(args.v);
+  job.c = rows(args.k);
+  job.dim_a = static_cast<int32_t>(s.dim_v);
+  job.dim_c = static_cast<int32_t>(s.dim_k);
+  job.reverse = reverse;
+  job.update = 1;
+  job.final = transposed(mutable_state(result));
+  launch_states(args, plan, 0, params, true, device.stream());
+  return result;
+}
+
 // decode, verify and commit: the states of `args` go on by its tokens; `out` where it is wanted.
 void run_recurrent(const char* op, Recurrent& args, const Tensor* out, bool has_tokens) {
   RecurrentParams& p = args.params;
@@ -537,6 +565,7 @@ STABLE_TORCH_LIBRARY_IMPL(la2, CUDA, m) {
   m.impl("forward", TORCH_BOX(&forward));
   m.impl("forward_with_state", TORCH_BOX(&forward_with_state));
   m.impl("backward", TORCH_BOX(&backward));
+  m.impl("_states", TORCH_BOX(&states));
   m.impl("decode", TORCH_BOX(&OnPools::decode));
   m.impl("verify", TORCH_BOX(&OnPools::verify));
   m.impl("commit", TORCH_BOX(&OnPools::commit));

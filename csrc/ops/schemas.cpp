@@ -15,6 +15,10 @@ STABLE_TORCH_LIBRARY(la2, m) {
       "backward(Tensor grad_out, Tensor? grad_final_state, Tensor q, Tensor k, Tensor v, Tensor? slope=None, *, "
       "Tensor? initial_state=None, Tensor? cu_seqlens=None, float scale=1.0, bool need_dslope=True) -> "
       "(Tensor dq, Tensor dk, Tensor dv, Tensor dslope, Tensor dinitial_state)");
+  // The states of sequences alone, from zero [num_seqs, H, D, E]: the sum of lambda^e k_i v_i^T, e the steps to the
+  // sequence's end, as forward leaves it; reverse: those from before its start. CUDA alone, of use to context
+  // parallelism.
+  m.def("_states(Tensor k, Tensor v, Tensor? slope=None, *, Tensor? cu_seqlens=None, bool reverse=False) -> Tensor");
   m.def(
       "decode(Tensor q, Tensor k, Tensor v, Tensor(a!) state, Tensor? slope=None, *, Tensor? state_indices=None, "
       "float scale=1.0) -> Tensor");

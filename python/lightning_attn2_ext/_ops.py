@@ -50,6 +50,11 @@ def _forward_with_state_fake(q, k, v, slope=None, *, initial_state=None, cu_seql
     return _empty_rows(q, v.shape[-1]), _empty_state(q, v, cu_seqlens)
 
 
+@torch.library.register_fake("la2::_states")
+def _states_fake(k, v, slope=None, *, cu_seqlens=None, reverse=False):
+    return _empty_state(k, v, cu_seqlens)
+
+
 @torch.library.register_fake("la2::backward")
 def _backward_fake(
     grad_out,

@@ -1,9 +1,8 @@
 """The state-only pass and the sum of what arrives from other ranks.
 
 `edge_state` is the one part of context parallelism that reads all tokens beside the operator itself: two of the
-operator's four tensors. It is plain matrix products, in float32 (float64 for float64), over chunks. `torch.ops.la2`
-has no state-only operator; `forward_with_state` would give the same state with a query of zeros, but it computes and
-writes an output that nobody reads, and has no form that sweeps from the right, which the backward needs.
+operator's four tensors. On a GPU it is the operator's own state pass, over pieces of the sequence side by side; on the
+CPU it is plain matrix products over chunks, in float32 (float64 for float64).
 """
 
 from __future__ import annotations
@@ -11,23 +10,30 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import _load  # noqa: F401 - defines la2::_states
 from .._ops import _accumulation_dtype
-from .chain import on
+from .chain import decay, on
 
-# Tokens in a chunk. CPU: what stays in a core's cache; on an AMD EPYC (one thread, H = 8, D = E = 64, N = 16384, no
-# decay, float32) 12 ms with 2048 against 24 ms in one piece. A GPU wants few launches.
-_CHUNK = {"cpu": 2048}
-_CHUNK_ELSEWHERE = 16384
+# Tokens in a chunk, on the CPU: what stays in a core's cache; on an AMD EPYC (one thread, H = 8, D = E = 64, N = 16384,
+# no decay, float32) 12 ms with 2048 against 24 ms in one piece.
+_CHUNK = 2048
+# Pieces on a GPU: so many states that its multiprocessors are busy, and of whole chunks of the kernels.
+_STATES = 264
+_KERNEL_CHUNK = 64
 
 
-def _product(a: Tensor, weights: Tensor, b: Tensor, acc: torch.dtype) -> Tensor:
-    """`[B, H, D, E]`: sum over tokens of weights `[b, H, N, 1]` times `a^T b`, summed in `acc`."""
-    weighted = a.to(acc) * weights
-    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
-        # Tensor cores: operands are rounded as the kernels round theirs, sums are float32.
-        rows = [torch.bmm(x.mT, y, out_dtype=acc) for x, y in zip(weighted.to(a.dtype), b, strict=True)]
-        return torch.stack(rows)
-    return weighted.mT @ b.to(acc)
+def _on_gpu(a: Tensor, b: Tensor, slope: Tensor | None, span: Tensor | None, leftward: bool) -> Tensor:
+    """`edge_state` of one batch row: the state of each piece, and their sum as each has decayed at the edge."""
+    n, heads = a.shape[2], a.shape[1]
+    per_piece = -(-n // max(1, _STATES // max(heads, 1)))
+    per_piece = -(-per_piece // _KERNEL_CHUNK) * _KERNEL_CHUNK
+    pieces = -(-n // per_piece) if n else 1
+    lo, hi = (0, n) if span is None else (span[0], span[1])
+    starts = torch.arange(pieces + 1, device=a.device) * per_piece
+    edges = torch.clamp(starts + lo, max=hi) if span is None else torch.minimum(starts + lo, hi)
+    states = torch.ops.la2._states(a, b, slope, cu_seqlens=edges, reverse=leftward)
+    steps = edges[:-1] - lo if leftward else hi - edges[1:]
+    return (decay(slope, steps, states)[:, 0, :, None, None] * states).sum(0)
 
 
 @torch.library.custom_op("la2_distributed::edge_state", mutates_args=())
@@ -42,37 +48,31 @@ def edge_state(a: Tensor, b: Tensor, slope: Tensor | None, span: Tensor | None, 
         span: int64 `[2]`, rows [lo, hi) that count; None is all of them.
     """
     acc = _accumulation_dtype(a)
-    n = a.shape[2]
-    lo, hi = 0, n
     if span is not None and span.device.type == "cpu":
-        lo, hi = span.tolist()
-        a, b, n, span = a[:, :, lo:hi], b[:, :, lo:hi], hi - lo, None
-        lo, hi = 0, n
-    elif span is not None:
-        lo, hi = span[0], span[1]
+        low, high = span.tolist()
+        a, b, span = a[:, :, low:high], b[:, :, low:high], None
+    if a.is_cuda:
+        rows = range(a.shape[0])
+        slopes = [slope[i] if slope is not None and slope.dim() == 2 else slope for i in rows]
+        return torch.stack([_on_gpu(a[i : i + 1], b[i : i + 1], slopes[i], span, leftward) for i in rows])
+    n = a.shape[2]
     state = torch.zeros(a.shape[0], a.shape[1], a.shape[3], b.shape[3], dtype=acc, device=a.device)
-    chunk = _CHUNK.get(a.device.type, _CHUNK_ELSEWHERE)
-    on_host, heads = a.device.type == "cpu", slice(None)
-    chunks = range(0, n, chunk)
+    heads = slice(None)
+    chunks = range(0, n, _CHUNK)
     for begin in chunks if leftward else reversed(chunks):  # from the edge on, into the past or the future
-        row = torch.arange(begin, min(begin + chunk, n), device=a.device)
-        steps = row - lo + 1 if leftward else hi - 1 - row
-        if slope is None:
-            weights = torch.ones(1, 1, len(row), dtype=acc, device=a.device)
-        else:
-            rates = slope.double() if slope.dim() == 2 else slope.double()[None]
-            weights = torch.exp(-rates[..., None] * steps.clamp(min=0)).to(acc)  # [b, H, rows]
-        if span is not None:
-            weights = torch.where((row >= lo) & (row < hi), weights, 0)
-        if on_host and slope is not None:
+        row = torch.arange(begin, min(begin + _CHUNK, n))
+        steps = row + 1 if leftward else n - 1 - row
+        weights = decay(slope, steps, state).movedim(0, -1)  # [b, H, rows]
+        if slope is not None:
             # Heads whose decay has underflowed to zero here are done; usual slopes leave a few long ones.
             alive = weights.amax((0, 2)).nonzero().flatten().tolist()
             if not alive:
                 break
             heads = slice(alive[0], alive[-1] + 1)
             weights = weights[:, heads]
-        rows = slice(begin, begin + chunk)
-        state[:, heads] += _product(a[:, heads, rows], weights[..., None], b[:, heads, rows], acc)
+        rows = slice(begin, begin + _CHUNK)
+        weighted = a[:, heads, rows].to(acc) * weights[..., None]
+        state[:, heads] += weighted.mT @ b[:, heads, rows].to(acc)
     return state
 
 
