@@ -290,7 +290,11 @@ Status plan_sm90(const Problem& p, const DeviceProps& device, const Forced& forc
         candidate.state_tiles[launch] = {tile_a, slice_c, kChunk};
         candidate.state_clusters[launch] = cluster_for(p, ceil_div(dim_c, slice_c), forced);
       };
-      if (!p.backward) choose_state_tile(0, p.dim_k, p.dim_v);  // also for snapshots, where nothing is cut
+      // Also where nothing is cut: for snapshots and la2::_states.
+      if (p.backward)
+        choose_state_tile(0, p.dim_v, p.dim_k);
+      else
+        choose_state_tile(0, p.dim_k, p.dim_v);
       if (cut) {
         set_pieces(p, forced, &candidate);
         const bool combines = candidate.num_segments > 2 || candidate.num_pieces > 1;

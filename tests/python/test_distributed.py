@@ -195,14 +195,13 @@ def test_shard_lengths_and_pieces_cover_everything(total, world, layout):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("leftward", [False, True])
-def test_edge_state(device, dtype, leftward):
+@pytest.mark.parametrize("dims", [(8, 16), (128, 64), (64, 256)])
+def test_edge_state(device, dtype, leftward, dims):
     """The state-only pass against its definition, longer than one of its chunks, with and without a span."""
-    if device == "cuda" and dtype == torch.float64:
-        pytest.skip("float64 runs on the CPU")
     draw = torch.Generator().manual_seed(0)
     n, low, high = 5000, 130, 4700
-    a = torch.randn(2, 3, n, 8, generator=draw, dtype=torch.float64).to(device, dtype)
-    b = torch.randn(2, n, 3, 16, generator=draw, dtype=torch.float64).to(device, dtype).transpose(1, 2)
+    a = torch.randn(2, 3, n, dims[0], generator=draw, dtype=torch.float64).to(device, dtype)
+    b = torch.randn(2, n, 3, dims[1], generator=draw, dtype=torch.float64).to(device, dtype).transpose(1, 2)
     acc = tolerance.accumulation_dtype(dtype)
     slope = torch.tensor([0.0, 50.0, 0.003], dtype=acc, device=device)
     for span in (None, torch.tensor([low, high]), torch.tensor([low, high], device=device)):
@@ -216,5 +215,7 @@ def test_edge_state(device, dtype, leftward):
         got = edge_state(a, b, slope, span, leftward)
         # An operand may be rounded on its way to a matrix unit, as in the kernels; sums are in `acc`.
         bound = tolerance.MARGIN * tolerance.roundoff(dtype) * squares.sqrt() + 2 * tolerance.roundoff(acc) * terms
+        if device == "cuda" and dtype == torch.float16:  # weighted values under 2^-24 are multiples of it
+            bound = bound + 2**-25 * ((weights > 0).double().expand(3, -1)[..., None].mT @ b.double().abs())
         assert got.dtype == acc
         assert ((got.double() - want).flatten(2).norm(dim=2) <= bound.flatten(2).norm(dim=2)).all()
