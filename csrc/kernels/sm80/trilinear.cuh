@@ -10,6 +10,7 @@
 #include "../ptx/launch_order.cuh"
 #include "../ptx/ldmatrix.cuh"
 #include "../ptx/mma.cuh"
+#include "../ptx/warpgroup.cuh"
 #include "../simt/element.cuh"
 #include "../simt/units.cuh"
 #include "../tile/decay.cuh"
@@ -514,7 +515,10 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
   constexpr int kLead = Cfg::kAhead && !kStateOnly ? 1 : 0;
   auto meet = [&] {
     ptx::cp_async_wait<kStages - 2 - kLead>();
-    __syncthreads();
+    if constexpr (Cfg::kAhead)
+      ptx::named_barrier_sync(1, Cfg::kThreads);  // helpers and the others come from different places
+    else
+      __syncthreads();
   };
   // What those who copy do then.
   auto prepare = [&](int step) {
