@@ -10,6 +10,7 @@ Letters as in triton_ref/README.md; besides, W ranks, C segments in the chain, P
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -103,6 +104,22 @@ def steps_between(chain: Chain) -> tuple[Tensor, Tensor]:
     order = torch.arange(chain.start.shape[0], device=steps.device)
     connected = (order[:, None] < order[None, :]) & chain.to_right[:, None] & chain.from_left[None, :]
     return steps.clamp(min=0), connected & (chain.stop[:, None] > chain.first_begin[None, :])
+
+
+@functools.lru_cache(maxsize=4)
+def _dense(lengths: tuple[int, ...], layout: str) -> tuple[Chain, Tensor, Tensor]:
+    with torch.inference_mode(False):
+        chain = make_chain(torch.tensor(lengths), layout, None)
+        return chain, *steps_between(chain)
+
+
+def chain_and_steps(lengths: Tensor, layout: str, cu_seqlens: Tensor | None) -> tuple[Chain, Tensor, Tensor]:
+    """`make_chain` and its `steps_between`: some forty small operations on the host, which every layer of a model would
+    repeat, so without cu_seqlens they are remembered."""
+    if cu_seqlens is None and type(lengths) is Tensor and not torch.compiler.is_compiling():
+        return _dense(tuple(lengths.tolist()), layout)
+    chain = make_chain(lengths, layout, cu_seqlens)
+    return chain, *steps_between(chain)
 
 
 def on(like: Tensor, x: Tensor) -> Tensor:

@@ -169,11 +169,10 @@ class _ContextParallel(torch.autograd.Function):
     def forward(ctx, q, k, v, slope, initial_state, lengths, cu_seqlens, setting):
         setting = Setting(*setting)
         packed = cu_seqlens is not None
-        chain = chains.make_chain(lengths, setting.layout, cu_seqlens)
+        chain, steps, connected = chains.chain_and_steps(lengths, setting.layout, cu_seqlens)
         parts = _segments(setting, q.shape[2], chain, packed)
         blocks = [_outgoing(_rows(p, k), _rows(p, v), slope, chain, p, packed, initial_state) for p in parts]
         gathered, places = _exchange(blocks, setting)
-        steps, connected = chains.steps_between(chain)
         gathered = groups.wait(gathered, setting.group_name) if setting.world > 1 else gathered
         outs, arrived, final_state = [], [], None
         ends = None
@@ -219,7 +218,7 @@ class _ContextParallel(torch.autograd.Function):
                 grad_final_state = groups.all_reduce(grad_final_state, setting.world, setting.group_name)
             elif setting.rank > 0:
                 share = torch.zeros_like(grad_final_state)
-        chain = chains.make_chain(lengths, setting.layout, cu_seqlens)
+        chain, steps, connected = chains.chain_and_steps(lengths, setting.layout, cu_seqlens)
         parts = _segments(setting, q.shape[2], chain, packed)
         blocks = [
             _outgoing_gradient(
@@ -228,7 +227,6 @@ class _ContextParallel(torch.autograd.Function):
             for p in parts
         ]
         gathered, places = _exchange(blocks, setting)
-        steps, connected = chains.steps_between(chain)
         gathered = groups.wait(gathered, setting.group_name) if setting.world > 1 else gathered
         grads = []
         dslope = None if slope is None else torch.zeros_like(slope)
