@@ -196,8 +196,9 @@ def test_shard_lengths_and_pieces_cover_everything(total, world, layout):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("leftward", [False, True])
 @pytest.mark.parametrize("dims", [(8, 16), (128, 64), (64, 256)])
-def test_edge_state(device, dtype, leftward, dims):
+def test_edge_state(monkeypatch, device, dtype, leftward, dims):
     """The state-only pass against its definition, longer than one of its chunks, with and without a span."""
+    monkeypatch.setenv("LA2_CHECK", "1")
     if device == "cuda" and dtype == torch.float64:
         pytest.skip("another exp of float64 than the yardstick's")
     draw = torch.Generator().manual_seed(0)
