@@ -37,10 +37,9 @@ constexpr double kBeside = 1.13;      // dk and dv while dq is computed on other
 constexpr double kOneWaitUs = 4.4;    // in one pass: blocks wait for each other
 constexpr double kAddUs = 0.06;       // and add up what each segment before gathered, 32 KB;
 constexpr double kAddBusyUs = 0.3;    // longer where every SM does
-constexpr double kTogetherUs = 6.0;   // or wait twice, of more segments than this by columns of b (one_pass.cuh)
-constexpr int64_t kMostAdded = 16 * 128;
-constexpr double kSegmentUs = 0.08;  // and walk what each segment gathered
-constexpr double kBytesInL2 = 40e6;  // of b and c, which the main pass then finds there
+constexpr double kTogetherUs = 6.0;   // or wait twice, of more segments than kMostRowsAdded allows
+constexpr double kSegmentUs = 0.08;   // and walk what each segment gathered
+constexpr double kBytesInL2 = 40e6;   // of b and c, which the main pass then finds there
 // Packed, what an item costs a block beside its chunks, forward and in extend (which brings states in and out), by
 // slice: fitted to 28 plans (csrc/kernels/DESIGN.md, "extend"). Gradients were not measured.
 constexpr double kPackedItemUs64 = 2.0, kPackedItemUs128 = 8.0, kExtendItemUs64 = 6.0, kExtendItemUs128 = 14.0;
@@ -207,7 +206,7 @@ double one_pass_us(const Problem& p, const DeviceProps& device, const Plan& plan
       static_cast<double>(p.batch * p.heads * p.length) * kBytes * static_cast<double>(p.dim_k + p.dim_v);
   const double segments = static_cast<double>(plan.num_segments);
   const double busy = static_cast<double>(plan.num_units * p.heads * slices) / device.num_sms;
-  const double exchange = plan.num_segments * tile.tile_a <= kMostAdded
+  const double exchange = plan.num_segments * tile.tile_a <= kMostRowsAdded
                               ? kOneWaitUs + (kAddUs + kAddBusyUs * busy) * segments * tile.tile_a / 128
                               : kTogetherUs + kSegmentUs * segments + combine_us(p, plan, kCombineGBs);
   return kFirstUs + exchange + mean_us(walks, [&](const Walk& walk) {

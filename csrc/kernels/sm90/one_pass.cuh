@@ -5,6 +5,7 @@
 
 #include <cooperative_groups.h>
 
+#include "../../core/tile.h"
 #include "../simt/combine.cuh"
 #include "gather.cuh"
 #include "trilinear.cuh"
@@ -65,7 +66,7 @@ __device__ __forceinline__ void combine_segments(const TrilinearParams& p, const
 
 // Of more segments, a combine pass and another wait cost less than what each block would read: 512 KB.
 template <class Cfg>
-constexpr int kMostSegmentsAdded = 16 * 128 / Cfg::kTileA;
+constexpr int kMostSegmentsAdded = kMostRowsAdded / Cfg::kTileA;
 
 // What enters an item: the sum of what the segments before it gathered alone, there once all blocks have arrived at the
 // grid's barrier (gathered); or combined, and there already. Forward sweeps.
