@@ -28,8 +28,8 @@ constexpr int64_t sm80_shared_bytes(const Tile& t, bool slope_grad) {
   return (tiles + decay + 127) / 128 * 128 + slope;
 }
 
-// One pass (sm90): a block adds up itself what the segments before its own gathered where their states have so many rows
-// of Da together at most; 16 segments of a tile of 128.
+// One pass (sm90): a block adds up itself what the segments before its own gathered where their states have so many
+// rows of Da together at most; 16 segments of a tile of 128.
 constexpr int kMostRowsAdded = 16 * 128;
 
 }  // namespace la2
