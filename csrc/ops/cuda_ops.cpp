@@ -371,7 +371,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_o
   return {dq, dk, dv, dslope, dinitial_state};
 }
 
-// The state pass of dq (reverse: of dk), whose operands are split, on whole sequences: states as exact as float32.
+// The state pass of dq (reverse: of dk), whose operands are split, on whole sequences.
 Tensor states(const Tensor& k, const Tensor& v, const OptTensor& slope, const OptTensor& cu_seqlens, bool reverse) {
   const Attention args = check_attention("la2::_states", kDevice, k, k, v, slope, std::nullopt, cu_seqlens, 1);
   const Sizes& s = args.sizes;

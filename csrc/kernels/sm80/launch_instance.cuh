@@ -24,7 +24,7 @@ cudaError_t launch(TrilinearParams params, bool overlaps, cudaStream_t stream) {
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
   const auto kernel = la2_trilinear_sm80_kernel<Cfg>;
   constexpr int kShared = sizeof(SharedStorage<Cfg>);
-  constexpr int kPlanned = sm80_shared_bytes({Cfg::kTileA, Cfg::kSlice, Cfg::kChunk}, LA2_SLOPE_GRAD);
+  constexpr int kPlanned = sm80_shared_bytes({Cfg::kTileA, Cfg::kSlice, Cfg::kChunk}, Cfg::kSlopeGrad);
   static_assert(Cfg::kStateOnly ? kShared <= kPlanned : kShared == kPlanned, "the planner counts on it");
   if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
       error != cudaSuccess)
@@ -38,9 +38,10 @@ cudaError_t launch(TrilinearParams params, bool overlaps, cudaStream_t stream) {
 cudaError_t LA2_INSTANCE_FUNCTION(LA2_INSTANCE_NAME)(const TrilinearParams& params, const LaunchOptions& options,
                                                      cudaStream_t stream) {
   using Main = Config<LA2_DTYPE, LA2_TILE_A, LA2_SLICE, LA2_SPLIT, LA2_SLOPE_GRAD, false>;
-  using StateOnly = Config<LA2_DTYPE, LA2_TILE_A, LA2_SLICE, LA2_SPLIT, LA2_SLOPE_GRAD, true>;
-  return options.state_only ? launch<StateOnly>(params, options.overlaps, stream)
-                            : launch<Main>(params, options.overlaps, stream);
+  if (!options.state_only) return launch<Main>(params, options.overlaps, stream);
+  if constexpr (!LA2_SLOPE_GRAD)
+    return launch<Config<LA2_DTYPE, LA2_TILE_A, LA2_SLICE, LA2_SPLIT, false, true>>(params, options.overlaps, stream);
+  return cudaErrorInvalidDeviceFunction;  // the instance without it serves the state pass
 }
 
 }  // namespace la2::sm80
