@@ -512,14 +512,24 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
     tile::copy_rows_async<typename Cfg::TileC, Cfg::kCopyThreads>(
         tile::shared_address(smem.c[stage].data), c + row * job.c.stride_n, job.c.stride_n, rows, cols, copier);
   };
-  // Behind it chunk `step` is there (kLead: the next one as well), and everyone is done with the one before.
+  // Behind it chunk `step` is there (kLead: the next one as well), and everyone is done with the one before. Helpers
+  // and the others come to it from different places, so each arrives for the other: these at kTaken once they are past
+  // kFilled, those the next time at kFilled once they are past kTaken.
   constexpr int kLead = Cfg::kAhead && !kStateOnly ? 1 : 0;
+  enum NamedBarrier { kFilled = 1, kTaken = 2 };
   auto meet = [&] {
-    ptx::cp_async_wait<kStages - 2 - kLead>();
-    if constexpr (Cfg::kAhead)
-      ptx::named_barrier_sync(1, Cfg::kThreads);  // helpers and the others come from different places
-    else
+    if constexpr (Cfg::kAhead) {
+      ptx::named_barrier_sync(kFilled, Cfg::kThreads);
+      ptx::named_barrier_arrive(kTaken, Cfg::kThreads);
+    } else {
+      ptx::cp_async_wait<kStages - 2>();
       __syncthreads();
+    }
+  };
+  auto meet_as_helper = [&] {
+    ptx::cp_async_wait<kStages - 2 - kLead>();
+    ptx::named_barrier_arrive(kFilled, Cfg::kThreads);
+    ptx::named_barrier_sync(kTaken, Cfg::kThreads);
   };
   // What those who copy do then.
   auto prepare = [&](int step) {
@@ -546,7 +556,7 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
   smem.decay.fill(simt::slope_of<float>(p, unit.sequence, head), threadIdx.x, Cfg::kThreads);
   if (helps) {
     for (int step = first_step - kLead; step < num_chunks; ++step) {
-      meet();
+      meet_as_helper();
       prepare(step);
     }
     return;
