@@ -2,9 +2,11 @@
 
 import functools
 import json
+import shutil
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from lightning_attn2_ext.bench import (
     accuracy,
@@ -24,6 +26,9 @@ from tests.support.tolerance import one_thread
 
 SMALL = ("--heads", "2", "--head-dim", "16", "--lengths", "64", "128", "--repeats", "1", "--device", "cpu")
 CPU = torch.device("cpu")
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None and shutil.which("gcc") is None, reason="inductor needs g++ or gcc on PATH"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -258,23 +263,98 @@ def test_layer(tmp_path, capsys, monkeypatch):
         assert layer.main(["--quick", "--device", "cpu", "--dtype", dtype, "--json", str(target)]) == 0
         rows = results(target)["results"]
         assert [r["op"] for r in rows] == [layer.AS_IS, layer.OURS] * 2 and all(0 < r["error"] < 0.05 for r in rows)
-        assert all(r["ms"] > 0 and r["projections_ms"] > 0 for r in rows)
-    assert "one token for each of 3" in capsys.readouterr().out
+        assert all(r[k] > 0 for r in rows for k in ("ms", "projections_ms", "rest_ms"))
+        assert results(target)["environment"]["rest"] == layer.REST
+    said = capsys.readouterr().out
+    assert "one token for each of 3" in said and layer.REST in said
     assert layer.main(["--quick", "--device", "cpu", "--compile", "--json", str(target)]) == 0
     ops = [r["op"] for r in results(target)["results"]]
     assert ops == [layer.AS_IS, layer.OURS, layer.COMPILED] * 2
 
 
+def layer_cases():
+    """The layers of the benchmark in float32, and its two inputs: a prefill and a step behind a state."""
+    shape, normal = layer.QUICK_SHAPE, functools.partial(torch.randn, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        modules = layer.layers(shape, torch.float32, CPU)
+    heads, dim = shape["num_attention_heads"], shape["head_dim"]
+    prefill = normal(1, 300, shape["hidden_size"]), None
+    return modules, (prefill, (normal(3, 1, shape["hidden_size"]), normal(3, heads, dim, dim)))
+
+
+def call_layer(module, x, state, is_ours):
+    """The output and the state behind it; the one that is passed in stays."""
+    cache = None if state is None else layer._cache(state.clone())
+    if is_ours and cache is not None:
+        cache = transformers_integration().adopt_cache(cache)
+    return module(x, None, None, cache)
+
+
+def transformers_integration():
+    from lightning_attn2_ext.integrations import transformers
+
+    return transformers
+
+
+@torch.no_grad()
+def test_rest_is_all_of_a_layer_but_its_projections():
+    pytest.importorskip("transformers", minversion="5.0", reason="transformers 5 is not installed")
+    modules, cases = layer_cases()
+    for name, is_ours in ((layer.AS_IS, False), (layer.OURS, True)):
+        for x, state in cases:
+            rest = layer.without_projections(modules[name], x)
+            assert type(rest) is type(modules[name]) and not any(isinstance(m, torch.nn.Linear) for m in rest.modules())
+            given = [m.result.clone() for m in (rest.qkv_proj, rest.output_gate)]
+            between, after = call_layer(rest, x, state, is_ours)
+            want, want_after = call_layer(modules[name], x, state, is_ours)
+            assert torch.equal(modules[name].out_proj(between), want) and torch.equal(after, want_after)
+            for a, m in zip(given, (rest.qkv_proj, rest.output_gate)):
+                assert torch.equal(m.result, a)  # a timed call leaves them to the next one
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=[pytest.mark.slow, needs_compiler])])
+def test_rest_compiled_is_the_same_work(backend):
+    """Nothing is computed ahead: with other results of the projections there, the same program follows."""
+    pytest.importorskip("transformers", minversion="5.0", reason="transformers 5 is not installed")
+    modules, cases = layer_cases()
+    torch.compiler.reset()
+    for x, state in cases:
+        rest = layer.without_projections(modules[layer.OURS], x)
+        counter = CompileCounterWithBackend(backend)
+        compiled, results = torch.compile(rest, fullgraph=True, dynamic=False, backend=counter), []
+        for change in (1.0, -0.5):
+            rest.qkv_proj.result.mul_(change)
+            rest.output_gate.result.mul_(change)
+            want = call_layer(rest, x, state, True)
+            results.append(call_layer(compiled, x, state, True))
+            for a, b in zip(results[-1], want, strict=True):
+                assert a.shape == b.shape and (a - b).norm() <= 1e-6 * b.norm()
+        assert counter.frame_count == 1 and not torch.equal(results[0][0], results[1][0])
+        assert any("la2." in str(n.target) for n in counter.graphs[0].graph.nodes)
+    torch.compiler.reset()
+
+
+def test_layer_refuses_wrong_work_between_its_projections(monkeypatch):
+    pytest.importorskip("transformers", minversion="5.0", reason="transformers 5 is not installed")
+    right = layer.without_projections
+    for factor in (1.01, float("nan")):
+        with monkeypatch.context() as patch:
+            patch.setattr(layer, "without_projections", lambda module, x, f=factor: right(module, x * f))
+            assert layer.main(["--quick", "--device", "cpu"]) == 1
+
+
 def test_layer_refuses_a_wrong_operator(monkeypatch):
     pytest.importorskip("transformers", minversion="5.0", reason="transformers 5 is not installed")
-    true_op = torch.ops.la2.forward_with_state
+    integration = transformers_integration()
+    right = integration.lightning_attention
 
     def off(*arguments, **options):
-        out, state = true_op(*arguments, **options)
+        out, state = right(*arguments, **options)
         out[:, :, 1, ::2] *= 1.5  # a whole row would be scaled back by the norm
         return out, state
 
-    monkeypatch.setattr(torch.ops.la2, "forward_with_state", off)
+    monkeypatch.setattr(integration, "lightning_attention", off)
     assert layer.main(["--quick", "--device", "cpu"]) == 1
 
 
