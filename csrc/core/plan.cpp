@@ -274,9 +274,15 @@ Status plan_portable(const Problem& p, const DeviceProps& device, const Forced& 
   return Status::ok();
 }
 
-}  // namespace
+// SiLU of q, k and v by kernels of torch's, before the operator's: three launches, and bytes read and written.
+double torch_silu_us(const Problem& p) {
+  constexpr double kLaunchUs = 3, kGBs = 3800, kBytes = 2 * 2;
+  const double rows = static_cast<double>(p.batch * p.heads * p.length);
+  return 3 * kLaunchUs + rows * static_cast<double>(2 * p.dim_k + p.dim_v) * kBytes / (kGBs * 1e3);
+}
 
-Status make_plan(const Problem& p, const DeviceProps& device, const std::string& forced_text, Plan* plan) {
+// Of a problem without SiLU.
+Status make_plain_plan(const Problem& p, const DeviceProps& device, const std::string& forced_text, Plan* plan) {
   Forced forced;
   if (Status s = parse_forced(forced_text, &forced); !s.is_ok()) return s;
   if (Status s = check_dim("head dim of q and k", p.dim_k); !s.is_ok()) return s;
@@ -303,19 +309,38 @@ Status make_plan(const Problem& p, const DeviceProps& device, const std::string&
   return Status::ok();
 }
 
+}  // namespace
+
+Status make_plan(const Problem& p, const DeviceProps& device, const std::string& forced_text, Plan* plan) {
+  Problem plain = p;
+  plain.silu = false;
+  if (Status s = make_plain_plan(plain, device, forced_text, plan); !s.is_ok() || !p.silu) return s;
+  // Kernels of torch's and this plan's, or Hopper's that do both, if that is faster or asked for by their name.
+  plan->predicted_us += torch_silu_us(p);
+  Forced forced;
+  if (Status s = parse_forced(forced_text, &forced); !s.is_ok()) return s;
+  Plan within;
+  if (forced.passes == 1 || !plan_sm90(p, device, forced, &within).is_ok()) return Status::ok();
+  if (forced.family.empty() && plan->predicted_us <= within.predicted_us) return Status::ok();
+  *plan = within;
+  plan->takes_silu = true;
+  return Status::ok();
+}
+
 std::string describe(const Problem& p, const DeviceProps& device, const Plan& plan) {
   std::ostringstream line;
   line << (p.backward ? "backward" : "forward") << ' ' << dtype_text(p.dtype) << " B=" << p.batch << " H=" << p.heads
        << " N=" << p.length << " D=" << p.dim_k << " E=" << p.dim_v;
   if (p.packed) line << " packed=" << p.num_seqs;
   if (p.slope_grad) line << " dslope";
+  if (p.silu) line << " silu";
   line << " on sm_" << device.compute_capability << 'x' << device.num_sms << ": " << family_text(plan.family);
   for (int i = 0; i < plan.num_launches; ++i)
     line << (i ? " + " : " ") << (plan.is_fused && i == 0 ? "dk and dv " : "") << "tile " << plan.tiles[i].tile_a
          << " slice " << plan.tiles[i].slice << " chunk " << plan.tiles[i].chunk
          << (plan.clusters[i] > 1 ? " cluster " + std::to_string(plan.clusters[i]) : "");
   line << ", " << plan.num_segments << (plan.num_segments == 1 ? " segment of " : " segments of ") << plan.segment_len
-       << (plan.in_one_pass ? " in one pass" : "")
+       << (plan.in_one_pass ? " in one pass" : "") << (p.silu && !plan.takes_silu ? " behind torch's silu" : "")
        << (plan.num_pieces > 1 ? " gathered in " + std::to_string(plan.num_pieces) + " pieces" : "") << ", "
        << plan.num_units << " units";
   char number[64];
@@ -332,7 +357,8 @@ Status parse_problem(const std::string& text, Problem* p) {
   std::istringstream stream(text);
   for (std::string field; std::getline(stream, field, ',');) fields.push_back(field);
   if (fields.size() < 6)
-    return Status::error("problem is '" + text + "', expected B,H,N,D,E,dtype[,backward][,dslope][,packed=NUM_SEQS]");
+    return Status::error("problem is '" + text +
+                         "', expected B,H,N,D,E,dtype[,backward][,dslope][,silu][,packed=NUM_SEQS]");
   int64_t* const numbers[] = {&p->batch, &p->heads, &p->length, &p->dim_k, &p->dim_v};
   const char* const names[] = {"B", "H", "N", "D", "E"};
   for (int i = 0; i < 5; ++i)
@@ -349,13 +375,15 @@ Status parse_problem(const std::string& text, Problem* p) {
   for (size_t i = 6; i < fields.size(); ++i) {
     if (fields[i] == "backward") {
       p->backward = true;
+    } else if (fields[i] == "silu") {
+      p->silu = true;
     } else if (fields[i] == "dslope") {
       p->slope_grad = true;
     } else if (fields[i].rfind("packed=", 0) == 0) {
       p->packed = true;
       if (Status s = parse_number("packed", fields[i].substr(7), &p->num_seqs); !s.is_ok()) return s;
     } else {
-      return Status::error("'" + fields[i] + "' is unknown, expected backward, dslope or packed=NUM_SEQS");
+      return Status::error("'" + fields[i] + "' is unknown, expected backward, dslope, silu or packed=NUM_SEQS");
     }
   }
   return Status::ok();

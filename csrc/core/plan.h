@@ -20,6 +20,7 @@ struct Problem {
   bool packed = false;                       // cu_seqlens given: the lengths are known to the device alone
   bool slope_grad = false;
   bool is_extend = false;  // states come from a pool, sequences from a table
+  bool silu = false;       // forward: operands go through SiLU first
   bool mappable = true;  // the copy engine's tensor maps can describe the operands: no stride of 0, none of 2^40 bytes
 };
 
@@ -44,6 +45,7 @@ struct Plan {
   int num_launches = 0;
   Tile tiles[2];
   bool is_fused = false;
+  bool takes_silu = false;         // sm90 forward: the kernels do what Problem::silu asks for; else it is torch's
   bool in_one_pass = false;        // sm90 forward: state, combine and main pass are one kernel, all blocks resident
   int clusters[2] = {1, 1};        // sm90: neighbouring slices of a head that share their copies of a and b, by launch
   int64_t max_blocks[2] = {0, 0};  // sm90: of a job; they take turns at the items. 0: a block for each item
@@ -84,7 +86,7 @@ Status recall_plan(const Problem& problem, const DeviceProps& device, const std:
 // One line for people: the problem, the device, the plan.
 std::string describe(const Problem& problem, const DeviceProps& device, const Plan& plan);
 
-// The inverse of what people type: "B,H,N,D,E,dtype[,backward][,packed=NUM_SEQS]" and "sm_90x132". Used by `info
+// The inverse of what people type: "B,H,N,D,E,dtype[,backward][,silu][,packed=NUM_SEQS]" and "sm_90x132". Used by `info
 // --plan`.
 Status parse_problem(const std::string& text, Problem* problem);
 Status parse_device(const std::string& text, DeviceProps* device);

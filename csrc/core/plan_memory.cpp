@@ -10,10 +10,10 @@ namespace {
 
 // Structured bindings name every member: a new one does not compile until it is here.
 auto members(const Problem& problem) {
-  const auto& [backward, dtype, batch, heads, length, dim_k, dim_v, num_seqs, packed, slope_grad, is_extend, mappable] =
-      problem;
+  const auto& [backward, dtype, batch, heads, length, dim_k, dim_v, num_seqs, packed, slope_grad, is_extend, silu,
+               mappable] = problem;
   return std::make_tuple(backward, dtype, batch, heads, length, dim_k, dim_v, num_seqs, packed, slope_grad, is_extend,
-                         mappable);
+                         silu, mappable);
 }
 auto members(const DeviceProps& device) {
   const auto& [compute_capability, num_sms, shared_per_block, shared_per_sm] = device;

@@ -22,6 +22,10 @@ constexpr Sm90Cost kTrilinear[] = {
     {64, 64, 0.62, 1.12, 0.43, 0.46},   {64, 128, 1.13, 1.30, 0.54, 0.70}, {128, 64, 0.86, 1.30, 0.51, 0.60},
     {128, 128, 1.38, 1.60, 0.64, 0.97}, {192, 64, 1.20, 1.75, 0.60, 1.09}, {256, 64, 1.50, 2.60, 0.69, 1.58},
 };
+// With SiLU, which takes longer than all else: by 1,024 elements of a, b and c of a chunk, in slices of 64 and of 128,
+// and of b and c in the state pass. From D = E = 128: (1,64,16384) 536 us in slices of 64, 436 in two segments and
+// slices of 128, (4,32,4096) 185; other tiles were not timed.
+constexpr double kSiluUs64 = 0.09, kSiluUs128 = 0.10, kSiluStateUs = 0.12;
 constexpr double kPair64 = 1.47, kPair128 = 3.19;  // dk and dv; one dim of 64 and one of 128: in between
 constexpr double kBusy = 0.15;                     // slower by this where every SM is at work: shared L2, lower clocks
 constexpr double kGBs = 3800;                      // 0.89 of what a copy moves
@@ -54,6 +58,15 @@ const Sm90Cost* find(int tile_a, int slice) {
   for (const Sm90Cost& cost : kTrilinear)
     if (cost.tile_a == tile_a && cost.slice == slice) return &cost;
   return nullptr;
+}
+
+double out_us(const Problem& p, const Sm90Cost& cost) {
+  const double elements = kChunk * (2 * cost.tile_a + cost.slice) / 1024.0;
+  return p.silu ? std::max(cost.out, (cost.slice == 64 ? kSiluUs64 : kSiluUs128) * elements) : cost.out;
+}
+double state_us(const Problem& p, const Sm90Cost& cost) {
+  const double elements = kChunk * (cost.tile_a + cost.slice) / 1024.0;
+  return p.silu ? std::max(cost.state_only, kSiluStateUs * elements) : cost.state_only;
 }
 
 // Slices side by side in a cluster: pairs where they come out even. Four at a time lost: with two stages a block waits
@@ -145,7 +158,7 @@ constexpr double kLeastInLanes = 0.9;
 void set_lanes(const Problem& p, const DeviceProps& device, const Forced& forced, Plan* plan) {
   if (forced.blocks != 0) return;
   const Tile& tile = plan->tiles[0];
-  const double us_of_token = find(tile.tile_a, tile.slice)->out * (1 + kBusy) / kChunk;
+  const double us_of_token = out_us(p, *find(tile.tile_a, tile.slice)) * (1 + kBusy) / kChunk;
   const int cluster = plan->clusters[0];
   const int64_t blocks = ceil_div(ceil_div(p.dim_v, tile.slice), cluster) * cluster * std::max<int64_t>(p.heads, 1);
   const int64_t resident = resident_blocks(device, cluster), lanes = std::min<int64_t>(resident / blocks, kMostLanes);
@@ -199,7 +212,7 @@ double one_pass_us(const Problem& p, const DeviceProps& device, const Plan& plan
   const Tile& tile = plan.tiles[0];
   const int64_t slices = ceil_div(p.dim_v, tile.slice);
   const bool is_resident = plan.num_units * p.heads * slices <= device.num_sms;
-  if (p.backward || p.is_extend || tile.slice != 64 || tile.tile_a > 128 || !is_resident) return 0;
+  if (p.backward || p.is_extend || p.silu || tile.slice != 64 || tile.tile_a > 128 || !is_resident) return 0;
   const Sm90Cost& cost = *find(tile.tile_a, tile.slice);
   // The bytes of k and v, and of q and out.
   const double half =
@@ -229,6 +242,8 @@ Status plan_sm90(const Problem& p, const DeviceProps& device, const Forced& forc
   if (p.dtype != DType::kBFloat16 && p.dtype != DType::kFloat16)
     return Status::error("LA2_PLAN: family sm90 has kernels for bf16 and fp16 alone");
   if (p.slope_grad) return Status::error("LA2_PLAN: family sm90 has no slope gradient, expected sm80");
+  if (p.silu && !sm90_takes_silu({tile_for(p.dim_k)}))
+    return Status::error("no kernel of family sm90 takes SiLU of head dims above 192");
 
   if (!p.mappable) return Status::error("LA2_PLAN: family sm90 takes no operand with a stride of 0 or 2^40 bytes");
 
@@ -257,7 +272,7 @@ Status plan_sm90(const Problem& p, const DeviceProps& device, const Forced& forc
         const double bytes = rows * jobs * 2 * static_cast<double>(dim_a + dim_c);
         us += mean_us(walks, [&](const Walk& walk) {
           return launch_us(device, walk, ceil_div(slices, cluster) * cluster * jobs, cluster, 1,
-                           p.backward ? cost->gradient : cost->out, bytes, packed_item_us(p, wanted_slice));
+                           p.backward ? cost->gradient : out_us(p, *cost), bytes, packed_item_us(p, wanted_slice));
         });
         return true;
       };
@@ -314,7 +329,7 @@ Status plan_sm90(const Problem& p, const DeviceProps& device, const Forced& forc
             const double share = static_cast<double>(kMeanWindow) / static_cast<double>(walk.chunks);
             const double bytes = rows * jobs * walk.cut_share * static_cast<double>(dim_a + dim_c);
             return (at_once ? 1.0 : kWindowShare) * launch_us(device, window, slices * jobs, cluster, walk.cut_share,
-                                                              p.backward ? cost.state_only_split : cost.state_only,
+                                                              p.backward ? cost.state_only_split : state_us(p, cost),
                                                               at_once ? bytes * std::min(1.0, share) : bytes);
           });
         };

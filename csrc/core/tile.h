@@ -28,6 +28,9 @@ constexpr int64_t sm80_shared_bytes(const Tile& t, bool slope_grad) {
   return (tiles + decay + 127) / 128 * 128 + slope;
 }
 
+// Whether sm90 has kernels that take SiLU of their operands: not where a has stages of its own.
+constexpr bool sm90_takes_silu(const Tile& t) { return t.tile_a < 256; }
+
 // One pass (sm90): a block adds up itself what the segments before its own gathered where their states have so many
 // rows of Da together at most; 16 segments of a tile of 128.
 constexpr int kMostRowsAdded = 16 * 128;

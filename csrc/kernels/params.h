@@ -90,6 +90,10 @@ struct BackwardParams {
   void* grad_slope;                 // [num_seqs, H] contiguous, accumulation dtype; nullptr: not wanted
 };
 
+// Operands that go through SiLU, x / (1 + e^-x), before anything else is done with them: bits. What comes of it is
+// rounded to the operand's dtype.
+enum Silu : int32_t { kSiluQ = 1, kSiluK = 2, kSiluV = 4 };
+
 // int32 or int64 numbers; data == nullptr: not given.
 struct Indices {
   const void* data;
@@ -113,6 +117,7 @@ struct RecurrentParams {
   const void* state_indices;  // [rows] or nullptr
   bool indices_are_int64;
   Indices num_accepted;  // [rows], clamped to 0 .. T; not given: T
+  int32_t silu;          // of one token: bits of Silu
   double scale;
 };
 
@@ -134,6 +139,7 @@ struct ExtendParams {
   const bool* has_initial_state;
   Indices snapshot_offsets;                 // [requests + 1]
   Indices snapshot_tokens, snapshot_slots;  // [snapshots]
+  int32_t silu;                             // bits of Silu
   double scale;
 };
 

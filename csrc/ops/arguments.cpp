@@ -183,6 +183,11 @@ MutableState check_pool(const char* op, DeviceType device, const Tensor& state, 
 
 // [tokens, H, dim] as the rows of one batch row.
 Rows token_rows(const Tensor& t) { return {t.const_data_ptr(), 0, t.stride(1), t.stride(0)}; }
+void set_token_rows(Extend& args) {
+  args.params.q = token_rows(args.attention.q);
+  args.params.k = token_rows(args.attention.k);
+  args.params.v = token_rows(args.attention.v);
+}
 
 }  // namespace
 
@@ -245,6 +250,18 @@ OptTensor check_grad_final_state(const Attention& args, const OptTensor& grad_fi
   return grad_final_state;
 }
 
+int32_t check_silu(const char* op, int64_t silu) {
+  if (silu < 0 || silu > (kSiluQ | kSiluK | kSiluV))
+    fail(op, ": silu is ", silu, ", expected the sum of 1 (q), 2 (k) and 4 (v) that go through SiLU, 0 to 7");
+  return static_cast<int32_t>(silu);
+}
+
+void take_silu(Attention& args, int32_t silu) {
+  if (silu & kSiluQ) args.q = ops::silu(args.q);
+  if (silu & kSiluK) args.k = ops::silu(args.k);
+  if (silu & kSiluV) args.v = ops::silu(args.v);
+}
+
 Recurrent check_recurrent(const char* op, DeviceType device, const OptTensor& given_q, const Tensor& k, const Tensor& v,
                           const Tensor& state, const OptTensor& slope, const OptTensor& state_indices,
                           const OptTensor& num_accepted, bool has_tokens, double scale) {
@@ -263,6 +280,7 @@ Recurrent check_recurrent(const char* op, DeviceType device, const OptTensor& gi
   p.scale = scale;
   p.out = {};
   p.writes_state = true;
+  p.silu = 0;
   if (p.tokens < 1 || p.tokens > kMaxRecurrentTokens)
     fail(op, ": k.shape[1] is ", p.tokens, ", expected 1 to ", kMaxRecurrentTokens, " tokens");
   const ScalarType accumulation = p.dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
@@ -297,6 +315,18 @@ Recurrent check_recurrent(const char* op, DeviceType device, const OptTensor& gi
   return args;
 }
 
+void take_silu(Recurrent& args) {
+  RecurrentParams& p = args.params;
+  auto take = [](Tensor& t, Rows& rows) {
+    t = ops::silu(t);
+    rows = {t.const_data_ptr(), t.stride(0), t.stride(1), 0};
+  };
+  if (p.silu & kSiluQ) take(args.q, p.q);
+  if (p.silu & kSiluK) take(args.k, p.k);
+  if (p.silu & kSiluV) take(args.v, p.v);
+  p.silu = 0;
+}
+
 Tensor empty_recurrent_out(const Recurrent& args, bool has_tokens) {
   const RecurrentParams& p = args.params;
   if (has_tokens) return empty_contiguous(args.k, {p.rows, p.tokens, p.heads, p.dim_v}, args.k.scalar_type());
@@ -309,7 +339,7 @@ MutableRows recurrent_out(const Tensor& out, bool has_tokens) {
 Extend check_extend(DeviceType device, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& state,
                     const Tensor& cu_seqlens, const OptTensor& slope, const OptTensor& read_slots,
                     const OptTensor& write_slots, const OptTensor& has_initial_state, const OptTensor& snapshot_offsets,
-                    const OptTensor& snapshot_tokens, const OptTensor& snapshot_slots, double scale) {
+                    const OptTensor& snapshot_tokens, const OptTensor& snapshot_slots, double scale, int64_t silu) {
   const char* op = "la2::extend";
   check_qkv(op, device, q, k, v, 3, "[tokens, heads, head_dim]");
   Extend args;
@@ -317,6 +347,7 @@ Extend check_extend(DeviceType device, const Tensor& q, const Tensor& k, const T
   ExtendParams& p = args.params;
   a.op = op;
   a.scale = p.scale = scale;
+  p.silu = check_silu(op, silu);
   a.dtype = p.dtype = kernel_dtype(op, q.scalar_type());
   a.accumulation = a.dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
   a.q = readable_rows(q);
@@ -369,9 +400,7 @@ Extend check_extend(DeviceType device, const Tensor& q, const Tensor& k, const T
     a.slope = slope;
   }
 
-  p.q = token_rows(a.q);
-  p.k = token_rows(a.k);
-  p.v = token_rows(a.v);
+  set_token_rows(args);
   p.slope = slopes(a.slope);
   p.cu_seqlens = indices(a.cu_seqlens);
   p.read_slots = indices(args.read_slots);
@@ -382,6 +411,12 @@ Extend check_extend(DeviceType device, const Tensor& q, const Tensor& k, const T
   p.snapshot_tokens = indices(args.snapshot_tokens);
   p.snapshot_slots = indices(args.snapshot_slots);
   return args;
+}
+
+void take_silu(Extend& args) {
+  take_silu(args.attention, args.params.silu);
+  args.params.silu = 0;
+  set_token_rows(args);
 }
 
 void check_extend_numbers(const ExtendParams& p) {

@@ -26,6 +26,11 @@ Attention check_attention(const char* op, DeviceType device, const Tensor& q, co
                           const OptTensor& slope, const OptTensor& initial_state, const OptTensor& cu_seqlens,
                           double scale);
 
+// Bits of Silu (kernels/params.h).
+int32_t check_silu(const char* op, int64_t silu);
+// What the kernels do not do themselves: SiLU of the operands that `silu` names, as tensors.
+void take_silu(Attention& args, int32_t silu);
+
 // The gradients handed to backward, checked against the arguments of the forward.
 Tensor check_grad_out(const Attention& args, const Tensor& grad_out);
 OptTensor check_grad_final_state(const Attention& args, const OptTensor& grad_final_state);
@@ -43,6 +48,8 @@ struct Recurrent {
 Recurrent check_recurrent(const char* op, DeviceType device, const OptTensor& q, const Tensor& k, const Tensor& v,
                           const Tensor& state, const OptTensor& slope, const OptTensor& state_indices,
                           const OptTensor& num_accepted, bool has_tokens, double scale);
+// As above, of one token.
+void take_silu(Recurrent& args);
 
 // [rows, H, E] or [rows, T, H, E], and where the kernels write it.
 Tensor empty_recurrent_out(const Recurrent& args, bool has_tokens);
@@ -59,7 +66,9 @@ struct Extend {
 Extend check_extend(DeviceType device, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& state,
                     const Tensor& cu_seqlens, const OptTensor& slope, const OptTensor& read_slots,
                     const OptTensor& write_slots, const OptTensor& has_initial_state, const OptTensor& snapshot_offsets,
-                    const OptTensor& snapshot_tokens, const OptTensor& snapshot_slots, double scale);
+                    const OptTensor& snapshot_tokens, const OptTensor& snapshot_slots, double scale, int64_t silu);
+// As above.
+void take_silu(Extend& args);
 
 // The numbers behind cu_seqlens, slots and snapshots, which the host can read: they are in range and in order, and no
 // two requests or snapshots write the same slot.

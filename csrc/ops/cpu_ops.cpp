@@ -30,18 +30,29 @@ Tensor forward(const Tensor& q, const Tensor& k, const Tensor& v, const OptTenso
   return out;
 }
 
-std::tuple<Tensor, Tensor> forward_with_state(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& slope,
-                                              const OptTensor& initial_state, const OptTensor& cu_seqlens,
-                                              double scale) {
-  const Attention args =
-      check_attention("la2::forward_with_state", kDevice, q, k, v, slope, initial_state, cu_seqlens, scale);
+std::tuple<Tensor, Tensor> run_forward_with_state(const Attention& args) {
   if (values_are_checked()) check_values(args);
-  Tensor out = empty_rows(q, args.sizes.dim_v);
+  Tensor out = empty_rows(args.q, args.sizes.dim_v);
   Tensor final_state = empty_state(args);
   ForwardParams params = forward_params(args, out);
   params.final_state = mutable_state(final_state);
   check_memory(args.op, cpu::kernels().forward(params, torch_threads()));
   return {out, final_state};
+}
+
+std::tuple<Tensor, Tensor> forward_with_state(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& slope,
+                                              const OptTensor& initial_state, const OptTensor& cu_seqlens,
+                                              double scale) {
+  return run_forward_with_state(
+      check_attention("la2::forward_with_state", kDevice, q, k, v, slope, initial_state, cu_seqlens, scale));
+}
+
+std::tuple<Tensor, Tensor> forward_silu(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& slope,
+                                        const OptTensor& initial_state, const OptTensor& cu_seqlens, double scale,
+                                        int64_t silu) {
+  Attention args = check_attention("la2::forward_silu", kDevice, q, k, v, slope, initial_state, cu_seqlens, scale);
+  take_silu(args, check_silu(args.op, silu));
+  return run_forward_with_state(args);
 }
 
 // The kernels give one slope gradient per sequence and head; a slope shared by all sequences gets their sum.
@@ -109,6 +120,7 @@ void run_recurrent(const char* op, Recurrent& args, const Tensor* out, bool has_
   if (args.state_indices) check_slots(op, "state_indices", *args.state_indices, p.slots, false);
   if (values_are_checked()) check_values(op, args);
   if (p.writes_state) bump_version(args.state);
+  take_silu(args);
   if (out) p.out = recurrent_out(*out, has_tokens);
   check_memory(op, cpu::kernels().recurrent(p, torch_threads()));
 }
@@ -118,15 +130,16 @@ using OnPools = RecurrentOps<&run_recurrent, kDevice>;
 Tensor extend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& state, const Tensor& cu_seqlens,
               const OptTensor& slope, const OptTensor& read_slots, const OptTensor& write_slots,
               const OptTensor& has_initial_state, const OptTensor& snapshot_offsets, const OptTensor& snapshot_tokens,
-              const OptTensor& snapshot_slots, double scale) {
+              const OptTensor& snapshot_slots, double scale, int64_t silu) {
   Extend args = check_extend(kDevice, q, k, v, state, cu_seqlens, slope, read_slots, write_slots, has_initial_state,
-                             snapshot_offsets, snapshot_tokens, snapshot_slots, scale);
+                             snapshot_offsets, snapshot_tokens, snapshot_slots, scale, silu);
   ExtendParams& p = args.params;
   check_extend_numbers(p);
   if (values_are_checked() && args.attention.slope) check_slopes(args.attention.op, *args.attention.slope);
   Tensor out = empty_contiguous(q, {p.tokens, p.heads, p.dim_v}, q.scalar_type());
   p.out = {out.mutable_data_ptr(), 0, out.stride(1), out.stride(0)};
   bump_version(args.state);
+  take_silu(args);
   check_memory(args.attention.op, cpu::kernels().extend(p, torch_threads()));
   return out;
 }
@@ -136,6 +149,7 @@ Tensor extend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& s
 STABLE_TORCH_LIBRARY_IMPL(la2, CPU, m) {
   m.impl("forward", TORCH_BOX(&forward));
   m.impl("forward_with_state", TORCH_BOX(&forward_with_state));
+  m.impl("forward_silu", TORCH_BOX(&forward_silu));
   m.impl("backward", TORCH_BOX(&backward));
   m.impl("decode", TORCH_BOX(&OnPools::decode));
   m.impl("verify", TORCH_BOX(&OnPools::verify));

@@ -85,7 +85,7 @@ bool is_mappable(const Tensor& t) {
 }
 
 Plan plan_for(const Attention& args, bool backward, bool slope_grad, bool mappable, const Device& device,
-              bool is_extend = false) {
+              bool is_extend = false, bool silu = false) {
   const Sizes& s = args.sizes;
   Problem problem;
   problem.backward = backward;
@@ -99,6 +99,7 @@ Plan plan_for(const Attention& args, bool backward, bool slope_grad, bool mappab
   problem.packed = args.cu_seqlens.has_value();
   problem.slope_grad = slope_grad;
   problem.is_extend = is_extend;
+  problem.silu = silu;
   problem.mappable = mappable && is_mappable(args.q) && is_mappable(args.k) && is_mappable(args.v);
   const char* forced = std::getenv("LA2_PLAN");
   Plan plan;
@@ -123,7 +124,9 @@ void launch(const Attention& args, const Plan& plan, int which, const TrilinearP
     options.overlaps = params.is_cut || which > 0 || params.units != nullptr;
     options.reads_previous = params.is_cut && (which == 0 || !plan.is_fused);
     const bool both = plan.is_fused && which == 0;
-    error = sm90::launch_trilinear(params, {args.dtype, tile.tile_a, tile.slice, gradients, both}, options, stream);
+    const bool silu = params.jobs[0].silu != 0;
+    error =
+        sm90::launch_trilinear(params, {args.dtype, tile.tile_a, tile.slice, gradients, both, silu}, options, stream);
   } else if (plan.family == Family::kSm80) {
     const sm80::LaunchOptions options{false, device.orders_kernels() && params.is_cut && which == 0};
     error =
@@ -141,8 +144,8 @@ bool launch_in_one_pass(const Attention& args, const Plan& plan, TrilinearParams
   const Tile& tile = plan.tiles[0];
   sm90::LaunchOptions options;
   options.in_one_pass = true;
-  const cudaError_t error =
-      sm90::launch_trilinear(params, {args.dtype, tile.tile_a, tile.slice, false, false}, options, device.stream());
+  const cudaError_t error = sm90::launch_trilinear(params, {args.dtype, tile.tile_a, tile.slice, false, false, false},
+                                                   options, device.stream());
   if (error == cudaErrorCooperativeLaunchTooLarge) {
     cudaGetLastError();
     return false;
@@ -162,7 +165,9 @@ void launch_states(const Attention& args, const Plan& plan, int which, const Tri
     options.state_only = true;
     // Behind the short requests of an extend. (Behind its plan, which the snapshots' pass reads at once, it does not.)
     options.overlaps = params.units != nullptr && !params.states_alone;
-    error = sm90::launch_trilinear(params, {args.dtype, tile.tile_a, tile.slice, gradients, false}, options, stream);
+    const bool silu = params.jobs[0].silu != 0;
+    error =
+        sm90::launch_trilinear(params, {args.dtype, tile.tile_a, tile.slice, gradients, false, silu}, options, stream);
   } else if (plan.family == Family::kSm80) {
     error =
         sm80::launch_trilinear(params, {args.dtype, tile.tile_a, tile.slice, gradients, false}, {true, false}, stream);
@@ -213,10 +218,16 @@ MutableState local_state(const Tensor& t, int64_t dim_c) {
 State transposed(const State& s) { return {s.data, s.stride_s, s.stride_h, s.stride_e, s.stride_d}; }
 MutableState transposed(const MutableState& s) { return {s.data, s.stride_s, s.stride_h, s.stride_e, s.stride_d}; }
 
-void run_forward(const Attention& args, const Tensor& out, const Tensor* final_state) {
+// silu: bits of Silu, of operands that go through it first.
+void run_forward(Attention& args, const Tensor& out, const Tensor* final_state, int32_t silu = 0) {
   const Device device(args.op, args.q);
   if (device.values_are_checked()) check_values(args);
-  const Plan plan = plan_for(args, false, false, true, device);
+  Plan plan = plan_for(args, false, false, true, device, false, silu != 0);
+  if (silu != 0 && !plan.takes_silu) {
+    take_silu(args, silu);
+    silu = 0;
+    plan = plan_for(args, false, false, true, device);
+  }
   TrilinearParams params = common_params(args, plan);
   const Tensor local = empty_local_states(args, plan, 0, args.sizes.dim_k, args.sizes.dim_v);
   params.num_jobs = 1;
@@ -227,6 +238,7 @@ void run_forward(const Attention& args, const Tensor& out, const Tensor* final_s
   job.out = mutable_rows(out);
   job.dim_a = static_cast<int32_t>(args.sizes.dim_k);
   job.dim_c = static_cast<int32_t>(args.sizes.dim_v);
+  job.silu = silu;
   job.inter = job.intra = args.scale;
   job.update = 1;
   job.initial = state(args.initial_state);
@@ -239,7 +251,7 @@ void run_forward(const Attention& args, const Tensor& out, const Tensor* final_s
 
 Tensor forward(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& slope,
                const OptTensor& initial_state, const OptTensor& cu_seqlens, double scale) {
-  const Attention args = check_attention("la2::forward", kDevice, q, k, v, slope, initial_state, cu_seqlens, scale);
+  Attention args = check_attention("la2::forward", kDevice, q, k, v, slope, initial_state, cu_seqlens, scale);
   Tensor out = empty_rows(q, args.sizes.dim_v);
   run_forward(args, out, nullptr);
   return out;
@@ -248,11 +260,22 @@ Tensor forward(const Tensor& q, const Tensor& k, const Tensor& v, const OptTenso
 std::tuple<Tensor, Tensor> forward_with_state(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& slope,
                                               const OptTensor& initial_state, const OptTensor& cu_seqlens,
                                               double scale) {
-  const Attention args =
+  Attention args =
       check_attention("la2::forward_with_state", kDevice, q, k, v, slope, initial_state, cu_seqlens, scale);
   Tensor out = empty_rows(q, args.sizes.dim_v);
   Tensor final_state = empty_state(args);
   run_forward(args, out, &final_state);
+  return {out, final_state};
+}
+
+std::tuple<Tensor, Tensor> forward_silu(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& slope,
+                                        const OptTensor& initial_state, const OptTensor& cu_seqlens, double scale,
+                                        int64_t silu) {
+  Attention args = check_attention("la2::forward_silu", kDevice, q, k, v, slope, initial_state, cu_seqlens, scale);
+  const int32_t bits = check_silu(args.op, silu);
+  Tensor out = empty_rows(q, args.sizes.dim_v);
+  Tensor final_state = empty_state(args);
+  run_forward(args, out, &final_state, bits);
   return {out, final_state};
 }
 
@@ -477,9 +500,9 @@ State with_slots(const MutableState& s, const int64_t* slots) {
 Tensor extend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& state, const Tensor& cu_seqlens,
               const OptTensor& slope, const OptTensor& read_slots, const OptTensor& write_slots,
               const OptTensor& has_initial_state, const OptTensor& snapshot_offsets, const OptTensor& snapshot_tokens,
-              const OptTensor& snapshot_slots, double scale) {
+              const OptTensor& snapshot_slots, double scale, int64_t silu) {
   Extend args = check_extend(kDevice, q, k, v, state, cu_seqlens, slope, read_slots, write_slots, has_initial_state,
-                             snapshot_offsets, snapshot_tokens, snapshot_slots, scale);
+                             snapshot_offsets, snapshot_tokens, snapshot_slots, scale, silu);
   ExtendParams& p = args.params;
   Attention& attention = args.attention;
   const char* op = attention.op;
@@ -495,7 +518,11 @@ Tensor extend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& s
   constexpr int64_t kLikelyTokens = 512;
   const int64_t most_requests = std::min(p.requests, p.tokens / 2);
   attention.sizes.num_seqs = std::min(most_requests, std::max<int64_t>(1, p.tokens / kLikelyTokens));
-  Plan plan = plan_for(attention, false, false, true, device, true);
+  Plan plan = plan_for(attention, false, false, true, device, true, p.silu != 0);
+  if (p.silu != 0 && !plan.takes_silu) {
+    take_silu(args);
+    plan = plan_for(attention, false, false, true, device, true);
+  }
   attention.sizes.num_seqs = most_requests;
   plan.num_units = most_requests + p.tokens / plan.segment_len;
   const bool is_cut = plan.num_segments > 1, is_sm90 = plan.family == Family::kSm90;
@@ -525,6 +552,7 @@ Tensor extend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& s
   job.b = p.k;
   job.c = p.v;
   job.out = p.out;
+  job.silu = p.silu;
   job.dim_a = static_cast<int32_t>(p.dim_k);
   job.dim_c = static_cast<int32_t>(p.dim_v);
   job.inter = job.intra = scale;
@@ -565,6 +593,7 @@ Tensor extend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& s
 STABLE_TORCH_LIBRARY_IMPL(la2, CUDA, m) {
   m.impl("forward", TORCH_BOX(&forward));
   m.impl("forward_with_state", TORCH_BOX(&forward_with_state));
+  m.impl("forward_silu", TORCH_BOX(&forward_silu));
   m.impl("backward", TORCH_BOX(&backward));
   m.impl("_states", TORCH_BOX(&states));
   m.impl("decode", TORCH_BOX(&OnPools::decode));

@@ -11,9 +11,10 @@ using RunRecurrent = void (*)(const char* op, Recurrent& args, const Tensor* out
 template <RunRecurrent kRun, DeviceType kDevice>
 struct RecurrentOps {
   static Tensor decode(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& state, const OptTensor& slope,
-                       const OptTensor& state_indices, double scale) {
+                       const OptTensor& state_indices, double scale, int64_t silu) {
     const char* op = "la2::decode";
     Recurrent args = check_recurrent(op, kDevice, q, k, v, state, slope, state_indices, {}, false, scale);
+    args.params.silu = check_silu(op, silu);
     const Tensor out = empty_recurrent_out(args, false);
     kRun(op, args, &out, false);
     return out;

@@ -11,6 +11,11 @@ STABLE_TORCH_LIBRARY(la2, m) {
   m.def(
       "forward_with_state(Tensor q, Tensor k, Tensor v, Tensor? slope=None, *, Tensor? initial_state=None, "
       "Tensor? cu_seqlens=None, float scale=1.0) -> (Tensor out, Tensor final_state)");
+  // forward_with_state on SiLU of the operands that `silu` names by its bits: 1 q, 2 k, 4 v. So do those of decode and
+  // extend.
+  m.def(
+      "forward_silu(Tensor q, Tensor k, Tensor v, Tensor? slope=None, *, Tensor? initial_state=None, "
+      "Tensor? cu_seqlens=None, float scale=1.0, int silu=7) -> (Tensor out, Tensor final_state)");
   m.def(
       "backward(Tensor grad_out, Tensor? grad_final_state, Tensor q, Tensor k, Tensor v, Tensor? slope=None, *, "
       "Tensor? initial_state=None, Tensor? cu_seqlens=None, float scale=1.0, bool need_dslope=True) -> "
@@ -21,7 +26,7 @@ STABLE_TORCH_LIBRARY(la2, m) {
   m.def("_states(Tensor k, Tensor v, Tensor? slope=None, *, Tensor? cu_seqlens=None, bool reverse=False) -> Tensor");
   m.def(
       "decode(Tensor q, Tensor k, Tensor v, Tensor(a!) state, Tensor? slope=None, *, Tensor? state_indices=None, "
-      "float scale=1.0) -> Tensor");
+      "float scale=1.0, int silu=0) -> Tensor");
   // q, k [rows, T, H, D]; v, out [rows, T, H, E]; num_accepted [rows].
   m.def(
       "verify(Tensor q, Tensor k, Tensor v, Tensor state, Tensor? slope=None, *, Tensor? state_indices=None, "
@@ -34,6 +39,6 @@ STABLE_TORCH_LIBRARY(la2, m) {
   m.def(
       "extend(Tensor q, Tensor k, Tensor v, Tensor(a!) state, Tensor cu_seqlens, Tensor? slope=None, *, "
       "Tensor? read_slots=None, Tensor? write_slots=None, Tensor? has_initial_state=None, "
-      "Tensor? snapshot_offsets=None, Tensor? snapshot_tokens=None, Tensor? snapshot_slots=None, float scale=1.0) -> "
-      "Tensor");
+      "Tensor? snapshot_offsets=None, Tensor? snapshot_tokens=None, Tensor? snapshot_slots=None, float scale=1.0, "
+      "int silu=0) -> Tensor");
 }

@@ -71,6 +71,12 @@ inline Tensor empty_contiguous(const Tensor& like, const std::vector<int64_t>& s
   return empty_strided(like, sizes, strides, dtype);
 }
 
+inline Tensor silu(const Tensor& t) {
+  StableIValue stack[] = {torch::stable::detail::from(t)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::silu", "", stack, TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
 // Tells autograd that t changes: a graph that has saved it may then not run backward. The stable ABI has no call for
 // that, so the version counter of an operator that changes nothing is used, the exchange of a dimension with itself
 // (0.4 us; a kernel for ADInplaceOrView would have to be written in Python and cost ten times that). Not below a guard

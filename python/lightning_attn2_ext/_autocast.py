@@ -32,6 +32,6 @@ def _register(op, device_type: str) -> None:
     _library.impl(op, autocast, _KEYS[device_type])
 
 
-for _name in ("forward", "forward_with_state", "decode", "verify", "commit", "extend"):
+for _name in ("forward", "forward_with_state", "forward_silu", "decode", "verify", "commit", "extend"):
     for _device_type in _KEYS:
         _register(getattr(torch.ops.la2, _name).default, _device_type)

@@ -1,5 +1,5 @@
-"""How torch sees la2::forward, forward_with_state and backward: fake kernels, autograd of any order in both directions.
-vmap is in _vmap.py, the operators on pools of states in _pool_ops.py.
+"""How torch sees la2::forward, forward_with_state, forward_silu and backward: fake kernels, autograd of any order in
+both directions. vmap is in _vmap.py, the operators on pools of states in _pool_ops.py.
 
 The mathematics is the trilinear identity of triton_ref/README.md: forward is linear in each of q, k, v and the
 initial state, so every derivative of every order is a sum of calls of `la2::forward_with_state` and
@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn import functional as F
 
 from . import _load  # noqa: F401 - defines the operators
 
@@ -47,6 +48,11 @@ def _forward_fake(q, k, v, slope=None, *, initial_state=None, cu_seqlens=None, s
 
 @torch.library.register_fake("la2::forward_with_state")
 def _forward_with_state_fake(q, k, v, slope=None, *, initial_state=None, cu_seqlens=None, scale=1.0):
+    return _empty_rows(q, v.shape[-1]), _empty_state(q, v, cu_seqlens)
+
+
+@torch.library.register_fake("la2::forward_silu")
+def _forward_silu_fake(q, k, v, slope=None, *, initial_state=None, cu_seqlens=None, scale=1.0, silu=7):
     return _empty_rows(q, v.shape[-1]), _empty_state(q, v, cu_seqlens)
 
 
@@ -427,6 +433,17 @@ def _register_forward(op) -> None:
 
 _register_forward(_la2.forward.default)
 _register_forward(_la2.forward_with_state.default)
+
+
+def _forward_silu_autograd(keyset, q, k, v, slope=None, *, initial_state=None, cu_seqlens=None, scale=1.0, silu=7):
+    options = {"initial_state": initial_state, "cu_seqlens": cu_seqlens, "scale": scale}
+    if not _differentiable(q, k, v, slope, initial_state) or not 0 <= silu <= 7:
+        return _redispatch(_la2.forward_silu.default, keyset, (q, k, v, slope), options | {"silu": silu})
+    q, k, v = (F.silu(x) if silu >> i & 1 else x for i, x in enumerate((q, k, v)))
+    return _la2.forward_with_state(q, k, v, slope, **options)
+
+
+_library.impl(_la2.forward_silu.default, _forward_silu_autograd, "Autograd", with_keyset=True)
 
 
 def _backward_autograd(

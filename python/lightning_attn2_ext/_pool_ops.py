@@ -16,7 +16,7 @@ _library = torch.library.Library("la2", "IMPL")
 
 
 @torch.library.register_fake("la2::decode")
-def _decode_fake(q, k, v, state, slope=None, *, state_indices=None, scale=1.0):
+def _decode_fake(q, k, v, state, slope=None, *, state_indices=None, scale=1.0, silu=0):
     return q.new_empty((q.shape[0], q.shape[1], v.shape[-1]))
 
 
@@ -88,7 +88,7 @@ def _out_of_merged(merged: Tensor, state: Tensor, mapped: int, size: int) -> Non
         state.copy_(out_of_heads(merged, size).movedim(1, mapped))
 
 
-def _decode_vmap(size, dims, q, k, v, state, slope, state_indices, scale):
+def _decode_vmap(size, dims, q, k, v, state, slope, state_indices, scale, silu):
     refuse_mapped("decode", "state_indices", dims["state_indices"])
     merged = _state_into_heads("decode", state, dims["state"], size)
     out = _la2.decode(
@@ -99,6 +99,7 @@ def _decode_vmap(size, dims, q, k, v, state, slope, state_indices, scale):
         slope_into_heads(slope, dims["slope"], size),
         state_indices=state_indices,
         scale=scale,
+        silu=silu,
     )
     _out_of_merged(merged, state, dims["state"], size)
     return out_of_heads(out, size), 1
@@ -136,7 +137,7 @@ def _commit_vmap(size, dims, k, v, state, num_accepted, slope, state_indices):
 
 _STEP = ("q", "k", "v", "state", "slope", "state_indices", "scale")
 _STEP_DEFAULTS = {"slope": None, "state_indices": None, "scale": 1.0}
-register_vmap(_la2.decode.default, _decode_vmap, _STEP, _STEP_DEFAULTS)
+register_vmap(_la2.decode.default, _decode_vmap, (*_STEP, "silu"), _STEP_DEFAULTS | {"silu": 0})
 register_vmap(_la2.verify.default, _verify_vmap, _STEP, _STEP_DEFAULTS)
 register_vmap(
     _la2.commit.default,

@@ -66,7 +66,7 @@ def register_vmap(op, rule, signature: tuple[str, ...], defaults: dict) -> None:
 
 
 def _forward_vmap(op):
-    def rule(size, dims, q, k, v, slope, initial_state, cu_seqlens, scale):
+    def rule(size, dims, q, k, v, slope, initial_state, cu_seqlens, **numbers):
         refuse_mapped(op._opname, "cu_seqlens", dims["cu_seqlens"])
         result = op(
             into_heads(q, dims["q"], size, 1),
@@ -75,7 +75,7 @@ def _forward_vmap(op):
             slope_into_heads(slope, dims["slope"], size),
             initial_state=into_heads(initial_state, dims["initial_state"], size, 1),
             cu_seqlens=cu_seqlens,
-            scale=scale,
+            **numbers,
         )
         if isinstance(result, Tensor):
             return out_of_heads(result, size), 1
@@ -116,6 +116,9 @@ _INPUTS = ("q", "k", "v", "slope", "initial_state", "cu_seqlens", "scale")
 _DEFAULTS = {"slope": None, "initial_state": None, "cu_seqlens": None, "scale": 1.0}
 for _op in (_la2.forward.default, _la2.forward_with_state.default):
     register_vmap(_op, _forward_vmap(_op), _INPUTS, _DEFAULTS)
+register_vmap(
+    _la2.forward_silu.default, _forward_vmap(_la2.forward_silu.default), (*_INPUTS, "silu"), _DEFAULTS | {"silu": 7}
+)
 register_vmap(
     _la2.backward.default,
     _backward_vmap,

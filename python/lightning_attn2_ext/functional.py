@@ -10,6 +10,13 @@ from . import _ops  # noqa: F401  (registers autograd and the fake kernels)
 __all__ = ["commit", "extend", "lightning_attention", "lightning_attention_decode", "verify"]
 
 
+def _silu_bits(function: str, activated: str) -> int:
+    """As the operators want them."""
+    if activated.strip("qkv"):
+        raise ValueError(f"{function}: activated is {activated!r}, expected letters of 'qkv'")
+    return ("q" in activated) + 2 * ("k" in activated) + 4 * ("v" in activated)
+
+
 def lightning_attention(
     q: Tensor,
     k: Tensor,
@@ -21,6 +28,7 @@ def lightning_attention(
     return_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
     layout: str = "bhnd",
+    activated: str = "",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Causal linear attention with a per-head exponential decay (Lightning Attention-2, arXiv 2401.04658).
 
@@ -45,6 +53,8 @@ def lightning_attention(
         cu_seqlens: int32 or int64 `[num_seqs + 1]`, on q's device: B is 1 and sequence i is tokens
             `cu_seqlens[i]:cu_seqlens[i + 1]`. Empty sequences are legal. Without it num_seqs is B.
         layout: "bhnd" or "bnhd", of q, k, v and the result.
+        activated: letters of "qkv": these go through SiLU, x * sigmoid(x), first, inside the operator. It is computed
+            in float32 (float64 for float64 inputs) and rounded once to their dtype; `F.silu` before may be one ulp off.
 
     Returns:
         out, of v's shape and dtype, in q's memory format; with ``return_final_state`` the pair (out, final_state),
@@ -52,14 +62,17 @@ def lightning_attention(
 
     Raises:
         RuntimeError: on arguments that do not fit; the sentence names operator, argument, got and wanted.
-        ValueError: on an unknown layout.
+        ValueError: on an unknown layout, or other letters in activated.
     """
     if layout not in ("bhnd", "bnhd"):
         raise ValueError(f"lightning_attention: layout is {layout!r}, expected 'bhnd' or 'bnhd'")
+    silu = _silu_bits("lightning_attention", activated)
     if layout == "bnhd":
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     options = {"initial_state": initial_state, "cu_seqlens": cu_seqlens, "scale": scale}
-    if return_final_state:
+    if silu:
+        out, final_state = torch.ops.la2.forward_silu(q, k, v, slope, **options, silu=silu)
+    elif return_final_state:
         out, final_state = torch.ops.la2.forward_with_state(q, k, v, slope, **options)
     else:
         out, final_state = torch.ops.la2.forward(q, k, v, slope, **options), None
@@ -77,6 +90,7 @@ def lightning_attention_decode(
     *,
     state_indices: Tensor | None = None,
     scale: float = 1.0,
+    activated: str = "",
 ) -> Tensor:
     """One token for each row, against a pool of states that is updated in place.
 
@@ -88,14 +102,17 @@ def lightning_attention_decode(
         state_indices: int32 or int64 `[rows]`, the slot of each row, no two alike. A negative one is padding: no
             state is touched and the output row is zero. None: row i uses slot i, and slots must equal rows.
         scale: factor on the scores.
+        activated: letters of "qkv" that go through SiLU first, as for `lightning_attention`.
 
     Returns:
         `[rows, H, E]`, of q's dtype.
 
     Raises:
         RuntimeError: on arguments that do not fit, or where a gradient is asked for.
+        ValueError: on other letters in activated.
     """
-    return torch.ops.la2.decode(q, k, v, state, slope, state_indices=state_indices, scale=scale)
+    silu = _silu_bits("lightning_attention_decode", activated)
+    return torch.ops.la2.decode(q, k, v, state, slope, state_indices=state_indices, scale=scale, silu=silu)
 
 
 def verify(
@@ -177,6 +194,7 @@ def extend(
     snapshot_tokens: Tensor | None = None,
     snapshot_slots: Tensor | None = None,
     scale: float = 1.0,
+    activated: str = "",
 ) -> Tensor:
     """New tokens of many requests, packed, against a pool of states that is updated in place: prefill, chunked
     prefill and decode in one call.
@@ -209,13 +227,16 @@ def extend(
             `snapshot_tokens[m]` of these tokens (0 to all of them) goes to slot `snapshot_slots[m]`, which nobody else
             reads or writes in this call; a negative one is left out.
         scale: factor on the scores.
+        activated: letters of "qkv" that go through SiLU first, as for `lightning_attention`.
 
     Returns:
         `[tokens, H, E]`, of q's dtype.
 
     Raises:
         RuntimeError: on arguments that do not fit, or where a gradient is asked for. What stands in device memory is
-            checked on the CPU, and on a GPU where the environment has LA2_CHECK=1 (which waits for the GPU).
+    Raises:
+        ValueError: on other letters in activated.
+, and on a GPU where the environment has LA2_CHECK=1 (which waits for the GPU).
     """
     return torch.ops.la2.extend(
         q,
@@ -231,4 +252,5 @@ def extend(
         snapshot_tokens=snapshot_tokens,
         snapshot_slots=snapshot_slots,
         scale=scale,
+        silu=_silu_bits("extend", activated),
     )

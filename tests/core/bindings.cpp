@@ -66,6 +66,7 @@ PYBIND11_MODULE(la2_core, m) {
       .def_readwrite("packed", &la2::Problem::packed)
       .def_readwrite("slope_grad", &la2::Problem::slope_grad)
       .def_readwrite("is_extend", &la2::Problem::is_extend)
+      .def_readwrite("silu", &la2::Problem::silu)
       .def_readwrite("mappable", &la2::Problem::mappable);
   py::class_<la2::DeviceProps>(m, "DeviceProps")
       .def(py::init<>())
@@ -80,6 +81,7 @@ PYBIND11_MODULE(la2_core, m) {
   py::class_<la2::Plan>(m, "Plan")
       .def_readonly("family", &la2::Plan::family)
       .def_readonly("is_fused", &la2::Plan::is_fused)
+      .def_readonly("takes_silu", &la2::Plan::takes_silu)
       .def_readonly("in_one_pass", &la2::Plan::in_one_pass)
       .def_readonly("segment_len", &la2::Plan::segment_len)
       .def_readonly("num_segments", &la2::Plan::num_segments)

@@ -149,6 +149,7 @@ def test_recalled_plans_are_those_that_would_be_made(core, data):
             [("backward", True), ("dtype", "fp32"), ("heads", 64), ("dim_k", 64), ("dim_v", 64)]
             + [
                 ("is_extend", True),
+                ("silu", True),
                 ("mappable", False),
                 ("num_sms", 16),
                 ("compute_capability", 80),
@@ -261,6 +262,28 @@ def test_long_segments_are_gathered_in_pieces(core):
     assert pieces(f"{long},backward", "segments=4,pieces=3") == pieces(f"{long},packed=20", "segments=4,pieces=3") == 3
     assert pieces(long, "segments=4,pieces=3", is_extend=True) == 1
     assert pieces("4096,128,128,bf16", "passes=1,pieces=2") == 1
+
+
+def test_silu_is_taken_once_of_each_element(core):
+    """It is most of a block's work, and in slices of 64 q and k go through it twice. In three passes, by kernels that
+    there are up to a head dim of 192; other plans leave it to torch: where a call is short, Hopper's too."""
+    device = core.device("sm_90x132")
+
+    def plan(text, silu=True, where=device, forced=""):
+        return core.plan(core.problem(text + (",silu" if silu else "")), where, forced)
+
+    layer = "1,64,16384,128,128,bf16"
+    assert (plan(layer, silu=False).tiles[0].slice, plan(layer, silu=False).num_segments) == (64, 1)
+    assert (plan(layer).tiles[0].slice, plan(layer).num_segments) == (128, 2)
+    assert plan(layer).takes_silu and not plan(layer, silu=False).takes_silu
+    few = plan("1,8,8192,128,128,bf16", forced="family=sm90")
+    assert few.takes_silu and few.num_segments > 1 and not few.in_one_pass
+    short = plan("1,8,1024,128,128,bf16")
+    assert not short.takes_silu and short.in_one_pass
+    portable = core.device("sm_80x108")
+    for text, where in ((layer, portable), ("1,64,16384,256,128,bf16", device)):
+        got, without = plan(text, where=where), plan(text, silu=False, where=where)
+        assert not got.takes_silu and got.predicted_us > without.predicted_us + 300
 
 
 def test_few_heads_of_many_requests_are_cut_in_narrow_slices(core):

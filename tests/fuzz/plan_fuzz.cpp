@@ -56,6 +56,7 @@ Problem problem(Bytes& in) {
   p.slope_grad = p.backward && in.flag();
   p.mappable = in.below(8) != 0;
   p.is_extend = p.packed && !p.backward && in.below(8) == 0;
+  p.silu = !p.backward && in.below(8) == 0;
   return p;
 }
 
@@ -82,7 +83,7 @@ void check_plan(const Problem& p, const DeviceProps& d, const Plan& plan) {
   check(plan.family != Family::kSm90 || (d.compute_capability == 90 && p.mappable && !p.slope_grad),
         "sm90 where it may");
   if (plan.in_one_pass) {
-    check(plan.family == Family::kSm90 && !p.backward && !p.is_extend, "one pass where it may");
+    check(plan.family == Family::kSm90 && !p.backward && !p.is_extend && !plan.takes_silu, "one pass where it may");
     const int64_t slices = p.dim_v / plan.tiles[0].slice + (p.dim_v % plan.tiles[0].slice != 0);
     check(plan.num_segments > 1 && plan.clusters[0] == 1, "one pass of segments, without clusters");
     check(plan.num_units * p.heads * slices <= d.num_sms, "every block of one pass is resident");

@@ -77,11 +77,11 @@ def test_logs_are_understood():
 # ---- instances
 
 
-def configured_instances(text: str) -> set[tuple[str, int, int, bool, bool]]:
-    """(dtype, tile_a, slice, split, slope_grad; sm90: both) of every LA2_INSTANCE line."""
-    rows = re.findall(r"^LA2_INSTANCE\((\w+), (\w+), (\d+), (\d+), (\d), (\d)\)$", text, re.MULTILINE)
+def configured_instances(text: str) -> set[tuple[str, int, int, bool, bool, bool]]:
+    """(dtype, tile_a, slice, split, slope_grad; sm90: both, silu) of every LA2_INSTANCE line."""
+    rows = re.findall(r"^LA2_INSTANCE\((\w+), (\w+), (\d+), (\d+), (\d), (\d)(?:, (\d))?\)$", text, re.MULTILINE)
     assert len(rows) == len(re.findall(r"^LA2_INSTANCE\(", text, re.MULTILINE)), "a line of another form"
-    return {(dtype, int(a), int(s), split == "1", last == "1") for _, dtype, a, s, split, last in rows}
+    return {(dtype, int(a), int(s), *(flag == "1" for flag in flags)) for _, dtype, a, s, *flags in rows}
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,9 @@ def planner_shapes(file: str, table: str, entry: str) -> set[tuple[int, int]]:
     return shapes
 
 
-KINDS = ((False, False), (True, False), (True, True))  # out, gradients, and the slope's too (sm90: dk and dv at once)
+# out, gradients, and the slope's too (sm90: dk and dv at once); of SiLU'd operands
+KINDS = ((False, False, False), (True, False, False), (True, True, False))
+SILU = (False, False, True)
 
 
 def test_every_shape_of_the_planner_is_built_and_no_other(instances):
@@ -119,9 +121,12 @@ def test_every_shape_of_the_planner_is_built_and_no_other(instances):
         "sm90": planner_shapes("plan_sm90.cpp", "Sm90Cost kTrilinear", r"\{(\d+), (\d+), \d+\.\d+"),
     }
     for family, shapes in tables.items():
-        wanted = {(dtype, *shape, *kind) for dtype, shape, kind in itertools.product(("bf16", "fp16"), shapes, KINDS)}
-        if family == "sm90":  # both gradients' operands of more than 128 columns do not fit
-            wanted = {w for w in wanted if not (w[1] > 128 and w[4])}
+        kinds = KINDS if family == "sm80" else (*KINDS, SILU)
+        wanted = {(dtype, *shape, *kind) for dtype, shape, kind in itertools.product(("bf16", "fp16"), shapes, kinds)}
+        if (
+            family == "sm90"
+        ):  # both gradients' operands of more than 128 columns do not fit, nor SiLU's of more than 192
+            wanted = {w for w in wanted if not (w[1] > 128 and w[4]) and not (w[1] > 192 and w[5])}
         built = instances[family]
         assert built == wanted, f"{family} missing: {sorted(wanted - built)}; in vain: {sorted(built - wanted)}"
 
@@ -144,16 +149,21 @@ def plan_line():
 def test_plans_name_instances_that_exist(plan_line, instances, device):
     """What the planner really picks, over head dims, lengths and GPUs."""
     dims = (8, 64, 72, 128, 136, 192, 200, 256)
-    problems = itertools.product(("bf16", "fp16"), dims, dims, (1, 4096, 262144), ("", ",backward", ",backward,dslope"))
+    problems = itertools.product(
+        ("bf16", "fp16"), dims, dims, (1, 4096, 262144), ("", ",silu", ",backward", ",backward,dslope")
+    )
     for dtype, d, e, length, what in problems:
         line = plan_line(f"1,8,{length},{d},{e},{dtype}{what}", device)
         family = re.search(r": (sm80|sm90) ", line)[1]
         tiles = re.findall(r"(dk and dv )?tile (\d+) slice (\d+) chunk (\d+)", line)
         assert tiles, line
         for i, (pair, tile_a, size, _) in enumerate(tiles):
-            is_gradient = what != ""
+            is_gradient = "backward" in what
+            silu = what == ",silu" and "torch" not in line
             last = "dslope" in what and i == 0 if family == "sm80" else pair != ""
-            needed = (dtype, int(tile_a), int(size), is_gradient, last)
+            needed = (dtype, int(tile_a), int(size), is_gradient, last, silu)
             assert needed in instances[family], f"{line} needs {needed} of {family}"
             if i == 0 and family == "sm80":  # the state pass
-                assert (*needed[:3], is_gradient, False) in instances[family], f"{line} needs {needed} without dots"
+                assert (*needed[:3], is_gradient, False, False) in instances[family], (
+                    f"{line} needs {needed} without dots"
+                )

@@ -94,6 +94,20 @@ def test_tiny_hopper_prefill_in_one_pass(monkeypatch, dtype, dims, segments):
         check_forward(x, *(t.cpu() for t in torch.ops.la2.forward_with_state(*y.args, **y.options)))
 
 
+@needs_hopper
+@pytest.mark.sanitize
+@pytest.mark.parametrize("plan", ("segments=1", "segments=3", "slice=64,segments=2"))
+@pytest.mark.parametrize("dims", ((64, 64), (128, 128)), ids=plan_id)
+@pytest.mark.parametrize("dtype", (BF16, FP16), ids=plan_id)
+def test_tiny_hopper_silu(monkeypatch, dtype, dims, plan):
+    """The warps that take SiLU of what was copied."""
+    monkeypatch.setenv("LA2_PLAN", f"family=sm90,{plan}")
+    for x in dense_and_packed(dims, dtype):
+        y = moved_to_gpu(x)
+        rows = {name: torch.nn.functional.silu(getattr(x, name)) for name in ("q", "k", "v")}
+        check_forward(x.replace(**rows), *(t.cpu() for t in la2.forward_silu(*y.args, **y.options)))
+
+
 @pytest.mark.sanitize
 @pytest.mark.parametrize("state_layout", ("kv", "vk", "padded"))
 @pytest.mark.parametrize("dims", ((64, 40), (128, 24), (256, 64)), ids=plan_id)

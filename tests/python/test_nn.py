@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from lightning_attn2_ext import slopes
 from lightning_attn2_ext.nn import PRESETS, LayerState, LightningAttention, Preset
+from tests.support.dispatched import Dispatched
 from triton_ref import naive
 
 WIDTH, HEADS, LAYERS = 64, 4, 6
@@ -80,8 +81,9 @@ def reference(module, preset, x):
     if preset == "transnormer":
         q, k, v, u = (y.view(b, n, HEADS, d) for y in (x @ w["qkvu_proj.weight"].T).chunk(4, -1))
         q, k = F.silu(q), F.silu(k)
-        angle = position * w["lrpe.theta"].view(1, HEADS, d)
-        q, k = (torch.cat((y * angle.cos(), y * angle.sin()), -1) for y in (q, k))
+        if module.layer_idx == 0:
+            angle = position * w["lrpe.theta"].view(1, HEADS, d)
+            q, k = (torch.cat((y * angle.cos(), y * angle.sin()), -1) for y in (q, k))
     elif preset == "minimax":
         q, k, v = F.silu(x @ w["qkv_proj.weight"].T).view(b, n, HEADS, 3, d).unbind(3)
     elif preset == "ring_linear":
@@ -121,6 +123,59 @@ def test_preset_is_its_model(preset):
     module, x = layer(preset), tokens(2, 70)
     assert {n: tuple(p.shape) for n, p in module.state_dict().items()} == STATE_DICTS[preset]
     assert_near(module(x), reference(module, preset, x))
+
+
+@presets
+@pytest.mark.parametrize("layer_idx", [0, 1])
+def test_gradients_and_values_without_are_those_of_the_model(preset, layer_idx):
+    """The operator goes another way where no gradient is wanted."""
+    module, x = layer(preset, layer_idx=layer_idx), tokens(2, 30).requires_grad_()
+    want, weights = reference(module, preset, x), tokens(2, 30, seed=3)
+    with torch.no_grad():
+        assert_near(module(x), want)
+    got, want = (torch.autograd.grad((y * weights).sum(), [x])[0] for y in (module(x), want))
+    assert_near(got, want, 1e-9)
+
+
+NORMS = dict(PRESETS["minimax"].names) | {"q_norm": "q_norm", "k_norm": "k_norm"}
+
+
+@pytest.mark.parametrize(
+    "preset, options, left",
+    [
+        ("minimax", {}, "qkv"),
+        ("minimax", {"activated": "vk"}, "kv"),
+        ("minimax", {"rotary": "half"}, "v"),
+        ("minimax", {"qk_norm": True, "names": NORMS}, "v"),
+        ("transnormer", {"layer_idx": 0}, ""),
+        ("transnormer", {"layer_idx": 1}, "qk"),
+        ("ring_linear", {}, ""),
+        ("retnet", {"activated": "q"}, ""),
+    ],
+    ids=lambda x: ",".join(x) if isinstance(x, dict) else x,
+)
+@torch.no_grad()
+def test_what_the_operator_activates(preset, options, left):
+    """What nothing stands before, unless there is padding; the rest by itself, and nothing twice."""
+    module, x = layer(preset, gate="sigmoid", **options), tokens(2, 9)
+    state, mask = module.new_state(2), torch.ones(2, 9, dtype=torch.bool)
+    calls = {
+        "whole": {},
+        "packed": {"cu_seqlens": torch.tensor([0, 4, 9])},
+        "state": {"state": state},
+        "step": {"state": state},
+        "padding": {"attention_mask": mask},
+        "padding, state": {"attention_mask": mask, "state": state},
+        "padding, step": {"attention_mask": mask[:, :1], "state": state},
+    }
+    for name, more in calls.items():
+        rows, length = 1 if "packed" in name else 2, 1 if "step" in name else 9
+        with Dispatched() as seen:
+            module(x[:rows, :length], **more)
+        (given,) = seen.of("la2.")
+        inside = "" if name in ("padding", "padding, state") else left
+        assert given.get("silu", 0) == sum(bit for p, bit in (("q", 1), ("k", 2), ("v", 4)) if p in inside), name
+        assert len(seen.of("aten.silu")) == len(module.preset.activated) - len(inside), name
 
 
 @pytest.mark.parametrize("preset, kind", [(p, PRESETS[p].slope) for p in PRESETS])

@@ -13,6 +13,7 @@ from transformers.monkey_patching import get_patch_mapping, register_patch_mappi
 
 from lightning_attn2_ext import slopes  # noqa: E402
 from lightning_attn2_ext.integrations import transformers as integration  # noqa: E402
+from tests.support.dispatched import Dispatched  # noqa: E402
 from tests.support.tolerance import one_thread  # noqa: E402
 
 #: Asked for by the project: logits of float32 models.
@@ -103,6 +104,38 @@ def test_64_generated_tokens(original, patched):
     states = states_of(got.past_key_values)
     assert len(states) == len(lightning_layers(patched)) and all(s.dtype == torch.float32 for s in states)
     assert got.past_key_values.get_seq_length() == 113
+
+
+class Twice(torch.nn.SiLU):
+    """Not what it is derived from."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("act, bits", [("silu", 7), ("swish", 7), ("gelu", 0), (Twice(), 0)], ids=str)
+def test_activation(act, bits):
+    """Prefill, a step behind it, and both with a mask: the values are the original's, whichever activation there is,
+    and SiLU is the operator's own where there is no mask."""
+    torch.manual_seed(0)
+    original = MiniMaxLightningAttention(config(hidden_act=act if isinstance(act, str) else "silu"), 2)
+    if not isinstance(act, str):
+        original.act_fn = act
+    patched = copy.deepcopy(original)
+    integration.patch(patched)
+    x, caches = torch.randn(2, 30, 64), [MiniMaxCache(), MiniMaxCache()]
+    for piece, mask in ((x[:, :29], None), (x[:, 29:], None), (x, torch.ones(2, 30))):
+        # The original wants a block of a prompt without a cache.
+        own = caches if mask is None else [None, None]
+        want = original(piece, None, mask, own[0])
+        with Dispatched() as seen:
+            got = patched(piece, None, mask, own[1])
+        for a, b in zip(got, want, strict=True):
+            assert (a - b).norm() <= LOGITS * b.norm()
+        (given,) = seen.of("la2.")
+        assert given.get("silu", 0) == (bits if mask is None else 0)
+        assert not seen.of("aten.silu") or mask is not None or not bits
 
 
 @torch.no_grad()

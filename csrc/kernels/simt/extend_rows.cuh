@@ -116,6 +116,7 @@ __global__ void __launch_bounds__(Part::kThreads, Part::kMinBlocks)
   load();
   leave_decay(&sDecay, slope);
   __syncthreads();
+  if (params.silu != 0) take_silu_of_token(token, params.silu);
   const auto sum = part.take(token, sDecay);
   if (work.writes) part.store(StateView<P>(params.state, place, work.write_slot));
   part.leave(sum, sums);

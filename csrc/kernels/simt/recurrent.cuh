@@ -113,6 +113,7 @@ __global__ void __launch_bounds__(Part::kThreads, Part::kMinBlocks)
   leave_decay(&sDecay, slope);
   __syncthreads();
 
+  if (params.silu != 0) take_silu_of_token(token, params.silu);
   const auto sum = part.take(token, sDecay);
   if (params.writes_state) part.store(state);
   if (!has_out) return;

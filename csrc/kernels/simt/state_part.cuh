@@ -16,6 +16,7 @@
 
 #include "../../core/decay.h"
 #include "../params.h"
+#include "../tile/silu.cuh"
 #include "element.cuh"
 
 namespace la2::simt {
@@ -110,6 +111,38 @@ __device__ __forceinline__ void load_elements(Pack<T, kCount>& to, const T* from
       for (int w = 0; w < kWordsEach; ++w) to.words[i * kWordsEach + w] = one.words[w];
     }
   }
+}
+
+// SiLU of each, rounded to T.
+template <class T, int kCount>
+__device__ __forceinline__ void take_silu(Pack<T, kCount>& pack) {
+  if constexpr (sizeof(T) == 2) {
+#pragma unroll
+    for (uint32_t& word : pack.words) word = tile::silu_pair<T>(word);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const auto y = tile::silu(pack[i]);
+      if constexpr (sizeof(T) == 4) {
+        pack.words[i] = __float_as_uint(y);
+      } else {
+        pack.words[2 * i] = static_cast<uint32_t>(__double2loint(y));
+        pack.words[2 * i + 1] = static_cast<uint32_t>(__double2hiint(y));
+      }
+    }
+  }
+}
+template <class T, int kCount, int kPacks>
+__device__ __forceinline__ void take_silu(Pack<T, kCount> (&packs)[kPacks]) {
+#pragma unroll
+  for (Pack<T, kCount>& pack : packs) take_silu(pack);
+}
+// bits: of Silu.
+template <class Token>
+__device__ __forceinline__ void take_silu_of_token(Token& token, int bits) {
+  if (bits & kSiluQ) take_silu(token.q);
+  if (bits & kSiluK) take_silu(token.k);
+  if (bits & kSiluV) take_silu(token.v);
 }
 
 // kVec elements of a state between memory and registers, `stride` apart (1: kVector).

@@ -14,11 +14,12 @@ namespace la2::sm90 {
 // split the masked scores as well.
 // kBoth: a second job runs along, T(a', c, b) beside T(a, b, c), whose state is the transposed of the first one's: dv
 // beside dk. One slice is all of Dc then.
-template <class T_, int kTileA_, int kSlice_, bool kSplit_, bool kBoth_ = false>
+// kSilu: operands that job.silu names go through SiLU first (out alone).
+template <class T_, int kTileA_, int kSlice_, bool kSplit_, bool kBoth_ = false, bool kSilu_ = false>
 struct Config {
   using T = T_;
   static constexpr int kTileA = kTileA_, kSlice = kSlice_;
-  static constexpr bool kSplit = kSplit_, kBoth = kBoth_;
+  static constexpr bool kSplit = kSplit_, kBoth = kBoth_, kSilu = kSilu_;
   static constexpr bool kAlone = false, kInCluster = !kBoth;  // one item to a block; shared copies (work.cuh)
   static constexpr bool kSplitsValues = kSplit && (kSlice == 64 || kBoth);
   static constexpr bool kNeedsRange = std::is_same<T, __half>::value;  // 65504 ends it, and a state may not
@@ -29,24 +30,28 @@ struct Config {
 
   static constexpr int kParts = kSplit ? 2 : 1;  // of the state: what 16 bits hold, and the rest
 
+  // SiLU is computed by a warpgroup and by the warps that share the producer's.
+  static constexpr int kActivatorGroups = kSilu ? 1 : 0, kActivators = kSilu ? 3 + 4 : 0;  // warps
+
   // Of out's narrow slices, whose blocks have many chunks to walk, the outputs are written by two warpgroups that take
   // the chunks in turns, and a chunk's update of the state is in flight while the state before it is handed over. Wider
-  // ones and gradients have no registers for it.
-  static constexpr int kOutputGroups = kSlice == 64 && kTileA <= 128 && !kSplit && !kBoth ? 2 : 1;
+  // ones and gradients have no registers for it, and with SiLU there are others at work.
+  static constexpr int kOutputGroups = kSlice == 64 && kTileA <= 128 && !kSplit && !kBoth && !kSilu ? 2 : 1;
   static constexpr bool kTakesTurns = kOutputGroups == 2;
   // In shared memory; where a chunk's update is in flight, in registers (HeldWeights).
   static constexpr bool kWeighsInPairs = kWeighsByPairs<T, kTileA, kSplit> && !kTakesTurns;
-  static constexpr bool kHasTable = !kSplit;                  // Schedule (work.cuh)
-  static constexpr int kThreads = 128 * (2 + kOutputGroups);  // producer, output and state warpgroups
+  static constexpr bool kHasTable = !kSplit;                            // Schedule (work.cuh)
+  static constexpr int kGroups = 2 + kActivatorGroups + kOutputGroups;  // producer, .., output and state warpgroups
+  static constexpr int kThreads = 128 * kGroups;
   // dk and dv leave shared memory by a warp each of the producer's warpgroup: for what one output warpgroup waits
   // there, the tensor core waits too.
   static constexpr int kStorers = kBoth ? 2 : 0;
-  static constexpr int kProducerRegisters = 48;
-  static constexpr int kOutputRegisters = kTakesTurns ? 128 : kBoth ? 232 : 224;
-  static constexpr int kStateRegisters = kTakesTurns ? 208 : 224;
-  static constexpr int kLaunchRegisters = kTakesTurns ? 128 : 168;  // what the hardware gives each of kThreads
-  static_assert(kProducerRegisters + kOutputGroups * kOutputRegisters + kStateRegisters <=
-                (2 + kOutputGroups) * kLaunchRegisters);  // or the last one waits for ever
+  static constexpr int kProducerRegisters = kSilu ? 64 : 48;  // activators' too
+  static constexpr int kOutputRegisters = kSilu ? 176 : kTakesTurns ? 128 : kBoth ? 232 : 224;
+  static constexpr int kStateRegisters = kTakesTurns || kSilu ? 208 : 224;
+  static constexpr int kLaunchRegisters = kGroups == 4 ? 128 : 168;  // what the hardware gives each of kThreads
+  static_assert((1 + kActivatorGroups) * kProducerRegisters + kOutputGroups * kOutputRegisters + kStateRegisters <=
+                kGroups * kLaunchRegisters);  // or the last one waits for ever
 
   // a is read from shared memory once, and held in registers for its two products. Where only two stages of everything
   // would fit, it has two of its own, which are free again before the chunk is begun.
@@ -61,6 +66,7 @@ struct Config {
   static constexpr int kStagesThatFit = (224 * 1024 - kFixedBytes) / kStageBytes;
   static constexpr int kStages = kStagesThatFit < 4 ? kStagesThatFit : 4;
   static_assert(kStages >= 2);
+  static_assert(!kSilu || (!kSplit && !kBoth && kStagesOfA == 0));
   // A warpgroup that takes turns waits for every phase of its barriers, which those of the other's chunks are not.
   static_assert(kStages % kOutputGroups == 0 && kStateBuffers % kOutputGroups == 0);
 
@@ -72,12 +78,14 @@ struct Config {
 
 template <class Cfg>
 struct Stage {
-  typename Cfg::TileA b, a[Cfg::kStagesOfA == 0];  // [C, Da]
-  typename Cfg::TileC c;                           // [C, slice]
-  typename Cfg::TileC second_a[Cfg::kBoth];        // [C, Dc]: a of the second job, whose b is c and whose c is b
+  static constexpr bool kHasA = Cfg::kStagesOfA == 0;
+  typename Cfg::TileA a[kHasA], b;           // [C, Da]
+  typename Cfg::TileC c;                     // [C, slice]
+  typename Cfg::TileC second_a[Cfg::kBoth];  // [C, Dc]: a of the second job, whose b is c and whose c is b
 };
 
-// Arrivals: the copy engine's bytes and the producer (full, tail, full_a); of every block of the cluster each warp of
+// Arrivals: the copy engine's bytes and the producer (full, tail, full_a; with SiLU landed in place of full, which is
+// then for its warps); of every block of the cluster each warp of
 // the state warpgroup and of the output warpgroup whose chunk it is (empty), of the latter (empty_a); every warp of the
 // state warpgroup (state_full), of the chunk's output warpgroup (state_empty, staged); the warp that stores (stored).
 template <class Cfg>
@@ -94,6 +102,7 @@ struct SharedStorage {
   float range_undo[Cfg::kStateBuffers];                        // fp16: the state's operand was divided by this
   alignas(16) float largest[4];                                // read as one vector
   uint64_t full[Cfg::kStages], empty[Cfg::kStages], tail[Cfg::kStages];
+  uint64_t landed[Cfg::kStages * Cfg::kSilu];
   uint64_t full_a[Cfg::kStagesOfA], empty_a[Cfg::kStagesOfA];
   uint64_t state_full[Cfg::kStateBuffers], state_empty[Cfg::kStateBuffers];
   uint64_t staged[Cfg::kStorers], stored[Cfg::kStorers];

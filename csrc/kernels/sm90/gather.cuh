@@ -1,19 +1,20 @@
 // The state pass for Hopper, bf16 and fp16: what each segment gathers alone. The notebook is ../DESIGN.md.
 #pragma once
 
+#include "activate.cuh"
 #include "state.cuh"
 
 namespace la2::sm90 {
 
 // ---- config
 
-// kTileA, kSlice, kSplit, kAlone: as of the trilinear kernel (config.cuh). Each gatherer, a warpgroup, has 64 columns
-// of the slice; in one pass with the other kernels, where it has few registers, for 64 columns of b at a time.
-template <class T_, int kTileA_, int kSlice_, bool kSplit_, bool kAlone_ = false>
+// kTileA, kSlice, kSplit, kSilu, kAlone: as of the trilinear kernel (config.cuh). Each gatherer, a warpgroup, has 64
+// columns of the slice; in one pass with the other kernels, where it has few registers, for 64 columns of b at a time.
+template <class T_, int kTileA_, int kSlice_, bool kSplit_, bool kSilu_ = false, bool kAlone_ = false>
 struct GatherConfig {
   using T = T_;
   static constexpr int kTileA = kTileA_, kSlice = kSlice_;
-  static constexpr bool kSplit = kSplit_, kAlone = kAlone_;
+  static constexpr bool kSplit = kSplit_, kSilu = kSilu_, kAlone = kAlone_;
   static constexpr bool kWeighsInPairs = kWeighsByPairs<T, kTileA, kSplit>;
   using TileA = tile::SwizzledTile<T, kChunk, kTileA>;
   using TileC = tile::SwizzledTile<T, kChunk, kSlice>;
@@ -21,24 +22,32 @@ struct GatherConfig {
   static constexpr int kColsOfB = kAlone && kTileA > 64 ? 64 : kTileA;  // of a gatherer
   static constexpr int kGatherersOfC = kSlice / 64;
   static constexpr int kGatherers = kGatherersOfC * (kTileA / kColsOfB);
-  static constexpr int kThreads = 128 * (1 + kGatherers);
+  // SiLU is computed by a warpgroup and by the warps that share the producer's. Registers by role then.
+  static constexpr int kActivatorGroups = kSilu ? 1 : 0, kActivators = kSilu ? 3 + 4 : 0;  // warps
+  static constexpr int kGroups = 1 + kActivatorGroups + kGatherers, kThreads = 128 * kGroups;
+  static constexpr int kLaunchRegisters = kGroups == 3 ? 168 : 128, kProducerRegisters = 64;
+  static constexpr int kGathererRegisters = kGatherers == 1 ? 232 : 192;
+  static_assert(!kSilu || ((kGatherers == 1 || kGatherers == 2) &&
+                           2 * kProducerRegisters + kGatherers * kGathererRegisters <= kGroups * kLaunchRegisters));
   static constexpr int kStagesThatFit = 208 * 1024 / (TileA::kBytes + TileC::kBytes);
   static constexpr int kStages = kStagesThatFit < 6 ? kStagesThatFit : 6;
 };
 
 template <class Cfg>
 struct GatherStage {
+  static constexpr bool kHasA = false;
   typename Cfg::TileA b;  // [C, Da]
   typename Cfg::TileC c;  // [C, slice]
 };
 
-// Arrivals: the copy engine's bytes and the producer (full, tail), every gatherer warp of the cluster (empty).
+// Arrivals: the copy engine's bytes and the producer (full, tail; landed as of the trilinear kernel), every gatherer
+// warp of the cluster (empty).
 template <class Cfg>
 struct GatherStorage {
   GatherStage<Cfg> stages[Cfg::kStages];
   tile::Decay<kChunk> powers[Cfg::kGatherers];  // they may be an item apart
   PairWeights pair_weights[Cfg::kWeighsInPairs * Cfg::kGatherers];
-  uint64_t full[Cfg::kStages], empty[Cfg::kStages], tail[Cfg::kStages];
+  uint64_t full[Cfg::kStages], empty[Cfg::kStages], tail[Cfg::kStages], landed[Cfg::kStages * Cfg::kSilu];
 };
 
 // ---- roles
@@ -102,7 +111,7 @@ __device__ __forceinline__ void produce(GatherStorage<Cfg>& smem, const Trilinea
       const int chunk = item.chunk_at(step), rows = item.rows_of(chunk);
       GatherStage<Cfg>& stage = smem.stages[ring.stage];
       const bool clears = p.cu_seqlens.data != nullptr && rows < kChunk;
-      const uint32_t full = shared_address(&smem.full[ring.stage]);
+      const uint32_t full = shared_address(Cfg::kSilu ? &smem.landed[ring.stage] : &smem.full[ring.stage]);
       const uint32_t barrier = clears ? shared_address(&smem.tail[ring.stage]) : full;
       ptx::mbarrier_wait(shared_address(&smem.empty[ring.stage]), ring.parity ^ 1);
       if (lane == 0) {
@@ -113,6 +122,25 @@ __device__ __forceinline__ void produce(GatherStorage<Cfg>& smem, const Trilinea
         load_tile<typename Cfg::TileC>(shared_address(&stage.c), &maps.c, barrier, box, item.first_col);
       }
       if (clears) clear_tail(stage.b, stage.c, rows, barrier, full, ring.stage, tail_parities, lane);
+    }
+  }
+}
+
+// One of the warps that take SiLU, `thread` of all of theirs.
+template <class Cfg>
+__device__ __forceinline__ void activate(GatherStorage<Cfg>& smem, const TrilinearParams& p, const TrilinearJob& job,
+                                         int thread) {
+  const PieceSchedule<Cfg::kAlone, Cfg::kHasTable> schedule(job);
+  const int silu = job.silu;
+  Ring<Cfg::kStages> ring;
+  for (int index = schedule.first(); index < schedule.count(p); index = schedule.after(index, p)) {
+    const Item item = schedule.item(p, job, index, Cfg::kSlice);
+    if (!item.is_valid) break;
+    const Steps steps = steps_of(p, item, schedule.piece(p, index));
+    for (int step = steps.begin; step < steps.end; ++step, ring.advance()) {
+      const int stage = ring.stage;
+      activate_stage<typename Cfg::T, Cfg::kActivators>(smem.stages[stage], silu, smem.landed[stage], smem.full[stage],
+                                                        ring.parity, thread);
     }
   }
 }
@@ -186,8 +214,9 @@ __device__ __forceinline__ void gather(GatherStorage<Cfg>& smem, const Trilinear
 template <class Cfg>
 __device__ __forceinline__ void init_barriers(GatherStorage<Cfg>& smem, int cluster) {
   for (int i = 0; i < Cfg::kStages; ++i) {
-    ptx::mbarrier_init(shared_address(&smem.full[i]), 1);
+    ptx::mbarrier_init(shared_address(&smem.full[i]), Cfg::kSilu ? Cfg::kActivators : 1);
     ptx::mbarrier_init(shared_address(&smem.tail[i]), 1);
+    if constexpr (Cfg::kSilu) ptx::mbarrier_init(shared_address(&smem.landed[i]), 1);
     ptx::mbarrier_init(shared_address(&smem.empty[i]), 4 * Cfg::kGatherers * cluster);
   }
   ptx::mbarrier_init_fence();
@@ -223,10 +252,16 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
   __syncthreads();
   if (cluster > 1) ptx::cluster_sync();
 
-  if (threadIdx.x >= 128) {
-    gather<Cfg>(smem, p, job, threadIdx.x / 128 - 1);
-  } else if (threadIdx.x < 32) {
-    produce<Cfg>(smem, p, job, maps.jobs[blockIdx.y]);
+  if (threadIdx.x >= 128 * (1 + Cfg::kActivatorGroups)) {
+    if constexpr (Cfg::kSilu) ptx::registers_acquire<Cfg::kGathererRegisters>();
+    gather<Cfg>(smem, p, job, threadIdx.x / 128 - 1 - Cfg::kActivatorGroups);
+  } else {
+    if constexpr (Cfg::kSilu) ptx::registers_release<Cfg::kProducerRegisters>();
+    if (threadIdx.x < 32) {
+      produce<Cfg>(smem, p, job, maps.jobs[blockIdx.y]);
+    } else if constexpr (Cfg::kSilu) {
+      activate<Cfg>(smem, p, job, static_cast<int>(threadIdx.x) - 32);
+    }
   }
   if (cluster > 1) ptx::cluster_sync();
   // Whoever waits for this kernel has thereby waited for the one that it overlaps.

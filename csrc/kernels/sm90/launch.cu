@@ -22,8 +22,8 @@ struct Entry {
   Launch launch;
 };
 constexpr Entry kEntries[] = {
-#define LA2_INSTANCE(name, dtype, tile_a, slice, split, both) \
-  {{dtype, tile_a, slice, split, both}, &LA2_INSTANCE_FUNCTION(name)},
+#define LA2_INSTANCE(name, dtype, tile_a, slice, split, both, silu) \
+  {{dtype, tile_a, slice, split, both, silu}, &LA2_INSTANCE_FUNCTION(name)},
 #include "launch_instance.inc"
 #undef LA2_INSTANCE
 };
@@ -58,7 +58,7 @@ cudaError_t launch_trilinear(const TrilinearParams& params, const Instance& want
   for (const Entry& entry : kEntries) {
     const Instance& i = entry.instance;
     if (i.dtype != wanted.dtype || i.tile_a != wanted.tile_a || i.slice != wanted.slice || i.split != wanted.split ||
-        i.both != wanted.both)
+        i.both != wanted.both || i.silu != wanted.silu)
       continue;
     TrilinearMaps maps{};
     if (const cudaError_t error = make_maps(params, wanted.dtype, options, &maps); error != cudaSuccess) return error;

@@ -19,10 +19,11 @@ struct TrilinearMaps {
 
 // Which instance: Da rounded up to tile_a, slices of Dc, operands split in two for gradients; both: jobs[1] is
 // T(a', c, b) where jobs[0] is T(a, b, c), sweeps alike and is computed along with it, from the same state (dk and dv).
+// silu: takes SiLU of the operands that jobs[0].silu names.
 struct Instance {
   DType dtype;
   int tile_a, slice;
-  bool split, both;
+  bool split, both, silu;
 };
 
 struct LaunchOptions {

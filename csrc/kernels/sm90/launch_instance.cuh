@@ -1,5 +1,5 @@
 // One instance of the sm90 trilinear kernel and of its state pass: a translation unit of its own, written by CMake
-// (LA2_INSTANCE_NAME, and the arguments of Config as LA2_DTYPE, LA2_TILE_A, LA2_SLICE, LA2_SPLIT, LA2_PAIR).
+// (LA2_INSTANCE_NAME, and the arguments of Config as LA2_DTYPE, LA2_TILE_A, LA2_SLICE, LA2_SPLIT, LA2_PAIR, LA2_SILU).
 #include "kernels/sm90/gather.cuh"
 #include "kernels/sm90/launch_instance.h"
 #include "kernels/sm90/one_pass.cuh"
@@ -16,11 +16,11 @@ using fp16 = __half;
 cudaError_t LA2_INSTANCE_FUNCTION(LA2_INSTANCE_NAME)(const TrilinearParams& given, const TrilinearMaps& maps,
                                                      const LaunchOptions& options, cudaStream_t stream) {
   constexpr int kMostShared = 227 * 1024;  // of a block of compute capability 9.0
-  using Cfg = Config<LA2_DTYPE, LA2_TILE_A, LA2_SLICE, LA2_SPLIT, LA2_PAIR>;
+  using Cfg = Config<LA2_DTYPE, LA2_TILE_A, LA2_SLICE, LA2_SPLIT, LA2_PAIR, LA2_SILU>;
   TrilinearParams params = given;
   const int64_t blocks = blocks_of_items(params, options, Cfg::kSlice);
   if (options.state_only) {
-    using Gather = GatherConfig<LA2_DTYPE, LA2_TILE_A, LA2_SLICE, LA2_SPLIT>;
+    using Gather = GatherConfig<LA2_DTYPE, LA2_TILE_A, LA2_SLICE, LA2_SPLIT, LA2_SILU>;
     static_assert(sizeof(GatherStorage<Gather>) <= kMostShared);
     if constexpr (!Cfg::kBoth)
       return launch_kernel(la2_gather_sm90_kernel<Gather>, blocks, params.num_jobs, Gather::kThreads,

@@ -12,9 +12,10 @@
 
 namespace la2::sm90 {
 
-// Which instances have the kernel: of what was measured (../DESIGN.md) gradients lose, and so do slices of 128.
+// Which instances have the kernel: of what was measured (../DESIGN.md) gradients lose, and so do slices of 128. SiLU's
+// were not tried.
 template <class Cfg>
-constexpr bool kHasOnePass = !Cfg::kSplit && Cfg::kSlice == 64 && Cfg::kTileA <= 128;
+constexpr bool kHasOnePass = !Cfg::kSplit && !Cfg::kSilu && Cfg::kSlice == 64 && Cfg::kTileA <= 128;
 
 // Of a Config: the same for one item a block, none of a table, and its state pass.
 template <class Cfg>
@@ -22,7 +23,7 @@ struct Alone : Cfg {
   static constexpr bool kAlone = true, kInCluster = false, kHasTable = false;
 };
 template <class Cfg>
-using GatherOf = GatherConfig<typename Cfg::T, Cfg::kTileA, Cfg::kSlice, Cfg::kSplit, true>;
+using GatherOf = GatherConfig<typename Cfg::T, Cfg::kTileA, Cfg::kSlice, Cfg::kSplit, false, true>;
 
 // The passes have the shared memory one after the other.
 template <class Cfg>

@@ -2,6 +2,7 @@
 // The notebook is ../DESIGN.md.
 #pragma once
 
+#include "activate.cuh"
 #include "carry.cuh"
 #include "outputs.cuh"
 
@@ -25,7 +26,7 @@ __device__ __forceinline__ void produce(SharedStorage<Cfg>& smem, const Trilinea
       Stage<Cfg>& stage = smem.stages[ring.stage];
       // Behind the end of a dense sequence the map ends and zeroes come; behind a packed one, its neighbour.
       const bool clears = p.cu_seqlens.data != nullptr && rows < kChunk;
-      const uint32_t full = shared_address(&smem.full[ring.stage]);
+      const uint32_t full = shared_address(Cfg::kSilu ? &smem.landed[ring.stage] : &smem.full[ring.stage]);
       const uint32_t barrier = clears ? shared_address(&smem.tail[ring.stage]) : full;
       ptx::mbarrier_wait(shared_address(&smem.empty[ring.stage]), ring.parity ^ 1);
       if (lane == 0) {
@@ -43,6 +44,24 @@ __device__ __forceinline__ void produce(SharedStorage<Cfg>& smem, const Trilinea
       if (clears) clear_tail(stage.b, stage.c, rows, barrier, full, ring.stage, tail_parities, lane);
       // Of the stages left none comes free before those wait as well who read them.
       if (step + 1 == min(Cfg::kStages, item.num_chunks)) states.wait(item);
+    }
+  }
+}
+
+// One of the warps that take SiLU, `thread` of all of theirs.
+template <class Cfg>
+__device__ __forceinline__ void activate(SharedStorage<Cfg>& smem, const TrilinearParams& p, const TrilinearJob& job,
+                                         int thread) {
+  const Schedule<Cfg::kAlone, Cfg::kInCluster, Cfg::kHasTable> schedule(job);
+  const int silu = job.silu;
+  Ring<Cfg::kStages> ring;
+  for (int index = schedule.first(); index < schedule.count(p); index = schedule.after(index, p)) {
+    const Item item = schedule.item(p, job, index, Cfg::kSlice);
+    if (!item.is_valid) break;
+    for (int step = 0; step < item.num_chunks; ++step, ring.advance()) {
+      const int stage = ring.stage;
+      activate_stage<typename Cfg::T, Cfg::kActivators>(smem.stages[stage], silu, smem.landed[stage], smem.full[stage],
+                                                        ring.parity, thread);
     }
   }
 }
@@ -84,8 +103,9 @@ __device__ __forceinline__ void init_barriers(SharedStorage<Cfg>& smem, const Tr
   constexpr int kConsumerWarps = 2 * kWarpsOfRole;  // of a chunk
   const int more = is_followed<Cfg>(p) ? 31 * kWarpsOfRole : 0;
   for (int i = 0; i < Cfg::kStages; ++i) {
-    ptx::mbarrier_init(shared_address(&smem.full[i]), 1);
+    ptx::mbarrier_init(shared_address(&smem.full[i]), Cfg::kSilu ? Cfg::kActivators : 1);
     ptx::mbarrier_init(shared_address(&smem.tail[i]), 1);
+    if constexpr (Cfg::kSilu) ptx::mbarrier_init(shared_address(&smem.landed[i]), 1);
     ptx::mbarrier_init(shared_address(&smem.empty[i]), kConsumerWarps * cluster + more);
   }
   for (int i = 0; i < Cfg::kStagesOfA; ++i) {
@@ -108,9 +128,11 @@ template <class Cfg, class States>
 __device__ __forceinline__ void run_roles(SharedStorage<Cfg>& smem, const TrilinearParams& p, const TrilinearJob& job,
                                           const JobMaps* job_maps, bool reads_previous, const States& states) {
   const int role = threadIdx.x / 128;
-  if (role == 0) {
+  if (role <= Cfg::kActivatorGroups) {
     ptx::registers_release<Cfg::kProducerRegisters>();
     if (threadIdx.x < 32) produce<Cfg>(smem, p, job, job_maps, states);
+    if constexpr (Cfg::kSilu)
+      if (threadIdx.x >= 32) activate<Cfg>(smem, p, job, static_cast<int>(threadIdx.x) - 32);
     if constexpr (Cfg::kAlone)
       if (threadIdx.x >= 32) wait_idly<Cfg>(p, job, states);
     if constexpr (Cfg::kStagesOfA > 0)
@@ -119,7 +141,7 @@ __device__ __forceinline__ void run_roles(SharedStorage<Cfg>& smem, const Trilin
       if (threadIdx.x / 32 == 1) store_output<Cfg>(smem, smem.out[0], p, job, job, job_maps[0].out, 0);
       if (threadIdx.x / 32 == 2) store_output<Cfg>(smem, smem.second_out, p, job, p.jobs[1], job_maps[1].out, 1);
     }
-  } else if (role <= Cfg::kOutputGroups) {
+  } else if (role <= Cfg::kActivatorGroups + Cfg::kOutputGroups) {
     ptx::registers_acquire<Cfg::kOutputRegisters>();
     if constexpr (Cfg::kTakesTurns) {
       write_outputs_in_turns<Cfg>(smem, p, job, *job_maps, role - 1, states);
@@ -142,9 +164,11 @@ __device__ __forceinline__ void run_roles(SharedStorage<Cfg>& smem, const Trilin
 // each a segment of a sequence for one head.
 // reads_previous: the kernel before this one wrote job.local.
 //
-// Grid: x = blocks of items, y = jobs. Three warpgroups, or four where the outputs take turns; chunk i:
+// Grid: x = blocks of items, y = jobs. Three warpgroups, or four where the outputs take turns or SiLU is taken; chunk
+// i:
 //
 //   producer   copy(i+2) ........................................
+//   (SiLU)     | wait copy(i+1) | SiLU of a, b, c(i+1) ...
 //   output     | scores(i+1) | wait Z(i) | a Z(i) | mask(i) | scores c | store(i) ...
 //   (both)     | scores c | scores(i+1) | wait Z(i+1) | a Z(i+1) begins | stage(i) | mask(i+1) | a Z(i+1) is there ...
 //   store      (both) | wait stage(i) | store(i) ...

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from .. import testing
 from ..demo import data, progress
 from ..nn import LightningAttention
+from ..nn.attention import activate
 from ..nn.parts import GroupRMSNorm
 from . import entries, machine, peers, plots, report
 
@@ -79,7 +80,8 @@ class Mixer(LightningAttention):
 
     operator: Operator = staticmethod(_ours)
 
-    def _attend(self, q, k, v, mask, cu_seqlens, state) -> Tensor:
+    def _attend(self, q, k, v, silu, mask, cu_seqlens, state) -> Tensor:
+        q, k, v = activate(q, k, v, silu)
         # Under autocast the rotation of the first layer and the projections agree on no dtype.
         if torch.is_autocast_enabled(q.device.type):
             q, k, v = (t.to(torch.get_autocast_dtype(q.device.type)) for t in (q, k, v))

@@ -22,18 +22,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.models.minimax import modeling_minimax
 from transformers.models.minimax.modeling_minimax import MiniMaxCache, MiniMaxLightningAttention
 from transformers.monkey_patching import get_patch_mapping, register_patch_mapping, unregister_patch_mapping
 
 from .. import slopes
+from ..functional import lightning_attention, lightning_attention_decode
 from ..nn.padded import forward_padded
 
 __all__ = ["LightningMiniMaxAttention", "adopt_cache", "is_patched", "patch", "unpatch"]
 
 _TARGET = MiniMaxLightningAttention.__name__
 _SLOPES = ("hf_minimax", "minimax", "buffer")
+_SILU = (nn.SiLU, type(ACT2FN["silu"]))  # the types; what is derived from them may be something else
 
 
 class _Cache(MiniMaxCache):
@@ -99,7 +102,10 @@ class LightningMiniMaxAttention(MiniMaxLightningAttention):
         cache = past_key_values if cache is None else cache
         batch, length, _ = hidden_states.shape
         heads, dim = self.num_attention_heads, self.head_dim
-        qkv = self.act_fn(self.qkv_proj(hidden_states))
+        qkv = self.qkv_proj(hidden_states)
+        silu = "qkv" if attention_mask is None and type(self.act_fn) in _SILU else ""  # left to the operator
+        if not silu:
+            qkv = self.act_fn(qkv)
         q, k, v = (t.transpose(1, 2) for t in qkv.view(batch, length, heads, 3 * dim).split(dim, -1))
         state = None if cache is None else _cached_state(cache, self.layer_idx)
         accumulation = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -109,9 +115,12 @@ class LightningMiniMaxAttention(MiniMaxLightningAttention):
         if attention_mask is not None:
             out, state = forward_padded(q, k, v, attention_mask != 0, state, slope)
         elif length == 1 and state is not None and not (torch.is_grad_enabled() and q.requires_grad):
-            out = torch.ops.la2.decode(q.squeeze(2), k.squeeze(2), v.squeeze(2), state, slope).unsqueeze(2)
+            rows = (t.squeeze(2) for t in (q, k, v))
+            out = lightning_attention_decode(*rows, state, slope, activated=silu).unsqueeze(2)
         else:
-            out, state = torch.ops.la2.forward_with_state(q, k, v, slope, initial_state=state)
+            out, state = lightning_attention(
+                q, k, v, slope, initial_state=state, return_final_state=True, activated=silu
+            )
         # One kernel and one rounding, where the module's own forward takes several of each.
         weight, eps = self.norm.weight, self.norm.variance_epsilon
         out = F.rms_norm(out.transpose(1, 2).flatten(2), weight.shape, weight.to(out.dtype), eps)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import slopes
+from ..functional import lightning_attention, lightning_attention_decode
 from .padded import forward_padded
 from .parts import GroupRMSNorm, Lrpe, Rotary
 from .presets import PRESETS, Preset
@@ -154,7 +155,7 @@ class LightningAttention(nn.Module):
         if attention_mask is not None and cu_seqlens is not None:
             raise ValueError("LightningAttention: attention_mask and cu_seqlens are given, expected one of them")
         mask = None if attention_mask is None else attention_mask != 0
-        q, k, v, gate = self._project(hidden_states)
+        q, k, v, gate, silu = self._project(hidden_states)
         if self._rotary is not None:
             if position_ids is None:
                 position_ids = _positions(hidden_states, mask, cu_seqlens, None if state is None else state.length)
@@ -162,15 +163,16 @@ class LightningAttention(nn.Module):
             q, k = rotary(q, position_ids), rotary(k, position_ids)
         # [B, N, H, D] storage as [B, H, N, D] views, which the operator takes as they are.
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        o = self._attend(q, k, v, mask, cu_seqlens, state)
+        o = self._attend(q, k, v, silu, mask, cu_seqlens, state)
         o = self._part("norm")(o.transpose(1, 2).flatten(2))
         if gate is not None:
             o = _GATES[self.preset.gate](gate) * o
         o = self._part("out")(o)
         return o if mask is None else torch.where(mask[:, :, None], o, 0)
 
-    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """q, k ``[B, N, H, D]``, v ``[B, N, H, E]`` and what the gate is made of, ``[B, N, H * E]``."""
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, str]:
+        """q, k ``[B, N, H, D]``, v ``[B, N, H, E]``, what the gate is made of, ``[B, N, H * E]``, and the letters of
+        those whose activation is left to the operator, as nothing stands between."""
         preset, h, d, e = self.preset, self.num_heads, self.head_dim, self.value_dim
         gate = None
         if preset.projections == "separate":
@@ -184,40 +186,48 @@ class LightningAttention(nn.Module):
             gate = rest[0] if rest else None
         if preset.gate != "none" and gate is None:
             gate = self._part("gate")(x)
-        q, k, v = (F.silu(t) if p in preset.activated else t for p, t in (("q", q), ("k", k), ("v", v)))
+        now = "qk" if preset.qk_norm or self._rotary is not None else ""
+        q, k, v = activate(q, k, v, "".join(p for p in preset.activated if p in now))
+        silu = "".join(p for p in preset.activated if p not in now)
         if preset.qk_norm:
             # Under autocast the norm may return float32; the operator wants one dtype.
             q, k = (self._part(p)(t).to(v.dtype) for p, t in (("q_norm", q), ("k_norm", k)))
-        return q, k, v, gate
+        return q, k, v, gate, silu
 
-    def _attend(self, q, k, v, mask, cu_seqlens, state: LayerState | None) -> Tensor:
-        slope, scale, la2 = self.slope.to(_accumulation(q)), self.scale, torch.ops.la2
+    def _attend(self, q, k, v, silu: str, mask, cu_seqlens, state: LayerState | None) -> Tensor:
+        slope = self.slope.to(_accumulation(q))
+        if state is not None:
+            grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, state.state))
+            if q.shape[2] == 1 and cu_seqlens is None and not grad:
+                return self._decode(q, k, v, silu, mask, state, slope)
+        if mask is not None:
+            return self._attend_padded(*activate(q, k, v, silu), mask, state, slope)
+        options = {"cu_seqlens": cu_seqlens, "scale": self.scale, "activated": silu}
         if state is None:
-            if mask is not None:  # zero keys and values add nothing, whatever the decay
-                k, v = (torch.where(mask[:, None, :, None], t, 0) for t in (k, v))
-            return la2.forward(q, k, v, slope, cu_seqlens=cu_seqlens, scale=scale)
-        grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, state.state))
-        if q.shape[2] == 1 and cu_seqlens is None and not grad:
-            return self._decode(q, k, v, mask, state, slope)
-        if mask is None:
-            o, final = la2.forward_with_state(
-                q, k, v, slope, initial_state=state.state, cu_seqlens=cu_seqlens, scale=scale
-            )
-            added = q.shape[2] if cu_seqlens is None else cu_seqlens[1:] - cu_seqlens[:-1]
-            state.store(final, state.length + added)
-            return o
-        o, final = forward_padded(q, k, v, mask, state.state, slope, scale)
+            return lightning_attention(q, k, v, slope, **options)
+        o, final = lightning_attention(q, k, v, slope, initial_state=state.state, return_final_state=True, **options)
+        added = q.shape[2] if cu_seqlens is None else cu_seqlens[1:] - cu_seqlens[:-1]
+        state.store(final, state.length + added)
+        return o
+
+    def _attend_padded(self, q, k, v, mask, state: LayerState | None, slope) -> Tensor:
+        if state is None:  # zero keys and values add nothing, whatever the decay
+            k, v = (torch.where(mask[:, None, :, None], t, 0) for t in (k, v))
+            return lightning_attention(q, k, v, slope, scale=self.scale)
+        o, final = forward_padded(q, k, v, mask, state.state, slope, self.scale)
         state.store(final, state.length + mask.sum(1))
         return o
 
-    def _decode(self, q, k, v, mask, state: LayerState, slope) -> Tensor:
+    def _decode(self, q, k, v, silu: str, mask, state: LayerState, slope) -> Tensor:
         indices = None
         added: Tensor | int = 1
         if mask is not None:
             rows = torch.arange(mask.shape[0], device=mask.device)
             indices, added = torch.where(mask[:, 0], rows, -1), mask[:, 0].to(state.length.dtype)
         rows = (t.squeeze(2) for t in (q, k, v))
-        o = torch.ops.la2.decode(*rows, state.state, slope, state_indices=indices, scale=self.scale)
+        o = lightning_attention_decode(
+            *rows, state.state, slope, state_indices=indices, scale=self.scale, activated=silu
+        )
         state.length.add_(added)
         return o.unsqueeze(2)
 
@@ -226,6 +236,12 @@ class LightningAttention(nn.Module):
             f"{self.hidden_size}, heads={self.num_heads}, head_dim={self.head_dim}, "
             f"layer={self.layer_idx} of {self.num_layers}, slope={self.preset.slope!r}"
         )
+
+
+def activate(q: Tensor, k: Tensor, v: Tensor, letters: str) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v, those that the letters name through SiLU."""
+    q, k, v = (F.silu(t) if p in letters else t for p, t in (("q", q), ("k", k), ("v", v)))
+    return q, k, v
 
 
 def _resolve(preset: str | Preset, overrides: dict) -> Preset:

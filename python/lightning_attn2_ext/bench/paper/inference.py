@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from ... import testing
 from ...nn import LightningAttention
+from ...nn.attention import activate
 from ...nn.parts import GroupRMSNorm
 from .. import plots, report, train
 from . import training
@@ -50,13 +51,14 @@ class _Mixer(LightningAttention):
     plain_chunk: int | None = None
     cache: tuple[Tensor, Tensor] | None = None  # keys and values: softmax attention over them, at their last position
 
-    def _attend(self, q, k, v, mask, cu_seqlens, state):
+    def _attend(self, q, k, v, silu, mask, cu_seqlens, state):
+        if self.cache is None and self.plain_chunk is None:
+            return super()._attend(q, k, v, silu, mask, cu_seqlens, state)
+        q, k, v = activate(q, k, v, silu)
         if self.cache is not None:
             keys, values = self.cache
             keys[:, :, -1:], values[:, :, -1:] = k[..., : keys.shape[-1]], v
             return F.scaled_dot_product_attention(q[..., : keys.shape[-1]], keys, values)
-        if self.plain_chunk is None:
-            return super()._attend(q, k, v, mask, cu_seqlens, state)
         slope = self.slope.to(testing.accumulation_dtype(q.dtype))
         out, after = testing.chunked(
             q, k, v, slope, initial_state=state.state, scale=self.scale, chunk=self.plain_chunk

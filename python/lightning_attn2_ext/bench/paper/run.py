@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ... import testing
 from ...nn import LightningAttention
+from ...nn.attention import activate
 from .. import entries, gate, machine, peers
 from .store import Store
 
@@ -99,7 +100,8 @@ class Layer(LightningAttention):
 
     operator: Operator = staticmethod(ours)
 
-    def _attend(self, q, k, v, mask, cu_seqlens, state) -> Tensor:
+    def _attend(self, q, k, v, silu, mask, cu_seqlens, state) -> Tensor:
+        q, k, v = activate(q, k, v, silu)
         return self.operator(q, k, v, self.slope.to(testing.accumulation_dtype(q.dtype)), self.scale)
 
 
