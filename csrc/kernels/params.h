@@ -117,8 +117,8 @@ struct RecurrentParams {
   const void* state_indices;  // [rows] or nullptr
   bool indices_are_int64;
   Indices num_accepted;  // [rows], clamped to 0 .. T; not given: T
-  int32_t silu;          // of one token: bits of Silu
   double scale;
+  int32_t silu;  // of one token: bits of Silu
 };
 
 // Packed new tokens of many requests against a pool of states. Request r is tokens [cu_seqlens[r], cu_seqlens[r + 1]),
@@ -139,8 +139,8 @@ struct ExtendParams {
   const bool* has_initial_state;
   Indices snapshot_offsets;                 // [requests + 1]
   Indices snapshot_tokens, snapshot_slots;  // [snapshots]
-  int32_t silu;                             // bits of Silu
   double scale;
+  int32_t silu;  // bits of Silu
 };
 
 }  // namespace la2

@@ -31,8 +31,8 @@ struct TrilinearJob {
   Rows c;           // [B, H, N, Dc]
   MutableRows out;  // [B, H, N, Dc]
   int32_t dim_a, dim_c;
-  int32_t silu;  // bits of Silu: a, b, c as q, k, v. sm90's out alone (core/tile.h), else 0
   bool reverse;
+  int32_t silu;                 // of operands that go through SiLU first, bits of Silu: a, b, c as q, k, v. sm90's out
   double inter, intra, update;  // factors of the equations above: forward (scale, scale, 1), reverse (1, scale, scale)
   State initial;                // Z entering the sequence [num_seqs, H, Da, Dc]; absent: zero
   MutableState final;           // Z leaving the sequence; absent: not wanted. An empty sequence copies `initial`.

@@ -32,16 +32,15 @@ __device__ __forceinline__ void activate_stage(AnyStage& stage, int silu, uint64
                                                uint32_t parity, int thread) {
   constexpr int kUnitsOfA = AnyStage::kHasA ? sizeof(stage.b) / 16 : 0, kUnitsOfB = sizeof(stage.b) / 16;
   constexpr int kUnitsOfC = sizeof(stage.c) / 16;
-  static_assert(sizeof(AnyStage) == 16 * (kUnitsOfA + kUnitsOfB + kUnitsOfC), "a, b and c lie side by side");
+  static_assert(sizeof(AnyStage) == 16 * (kUnitsOfA + kUnitsOfB + kUnitsOfC), "b, a and c lie side by side");
   uint4* const units = reinterpret_cast<uint4*>(&stage);
   ptx::mbarrier_wait(shared_address(&landed), parity);
-  const int of_a = silu & kSiluQ ? kUnitsOfA : 0, of_b = silu & kSiluK ? kUnitsOfB : 0;
+  const int of_b = silu & kSiluK ? kUnitsOfB : 0, of_a = silu & kSiluQ ? kUnitsOfA : 0;
   const int of_c = silu & kSiluV ? kUnitsOfC : 0;
-  const int first = of_a > 0 || of_b == 0 ? 0 : kUnitsOfA;
-  // Those at the begin that are side by side, and c where b is between.
-  const bool all = of_b > 0;
-  activate_units<T>(units + first, of_a + of_b + (all ? of_c : 0), thread, 32 * kWarps);
-  if (!all) activate_units<T>(units + kUnitsOfA + kUnitsOfB, of_c, thread, 32 * kWarps);
+  const int first = of_b > 0 ? 0 : kUnitsOfB;
+  const bool is_one_piece = of_a == kUnitsOfA;  // with c behind b or a
+  activate_units<T>(units + first, of_b + of_a + (is_one_piece ? of_c : 0), thread, 32 * kWarps);
+  if (!is_one_piece) activate_units<T>(units + kUnitsOfB + kUnitsOfA, of_c, thread, 32 * kWarps);
   ptx::fence_proxy_async();  // the tensor core reads what threads wrote
   __syncwarp();
   if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(shared_address(&full));
