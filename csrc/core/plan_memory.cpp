@@ -34,7 +34,7 @@ struct Entry {
 // Where a problem's plan is kept, and whatever was there before is forgotten.
 constexpr size_t kPlaces = 32;
 size_t place_of(const Problem& p) {
-  uint64_t mixed = p.backward ? 1 : 0;
+  uint64_t mixed = (p.backward ? 1 : 0) + (p.silu ? 2 : 0);
   for (const int64_t part : {p.length, p.batch, p.heads, p.num_seqs, p.dim_k, p.dim_v}) {
     mixed = (mixed ^ static_cast<uint64_t>(part)) * 0x9e3779b97f4a7c15u;
     mixed ^= mixed >> 32;

@@ -256,6 +256,15 @@ int32_t check_silu(const char* op, int64_t silu) {
   return static_cast<int32_t>(silu);
 }
 
+// [B, H, N, dim] in the memory format that it has, [rows, H, dim] contiguous.
+static Tensor silu(const Tensor& t) {
+  const int64_t dim = t.size(t.dim() - 1);
+  const Tensor out =
+      t.dim() == 4 ? empty_rows(t, dim) : empty_contiguous(t, {t.size(0), t.size(1), dim}, t.scalar_type());
+  silu_out(t, out);
+  return out;
+}
+
 void take_silu(Attention& args, int32_t silu) {
   if (silu & kSiluQ) args.q = ops::silu(args.q);
   if (silu & kSiluK) args.k = ops::silu(args.k);

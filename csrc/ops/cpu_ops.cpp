@@ -30,12 +30,11 @@ Tensor forward(const Tensor& q, const Tensor& k, const Tensor& v, const OptTenso
   return out;
 }
 
-std::tuple<Tensor, Tensor> run_forward_with_state(const Attention& args) {
-  if (values_are_checked()) check_values(args);
-  Tensor out = empty_rows(args.q, args.sizes.dim_v);
-  Tensor final_state = empty_state(args);
+// out: empty_rows of the caller's q. Without need_state the state has no elements.
+std::tuple<Tensor, Tensor> run_forward_with_state(const Attention& args, const Tensor& out, bool need_state = true) {
+  Tensor final_state = need_state ? empty_state(args) : empty_contiguous(args.q, {0}, args.accumulation);
   ForwardParams params = forward_params(args, out);
-  params.final_state = mutable_state(final_state);
+  if (need_state) params.final_state = mutable_state(final_state);
   check_memory(args.op, cpu::kernels().forward(params, torch_threads()));
   return {out, final_state};
 }
@@ -43,16 +42,21 @@ std::tuple<Tensor, Tensor> run_forward_with_state(const Attention& args) {
 std::tuple<Tensor, Tensor> forward_with_state(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& slope,
                                               const OptTensor& initial_state, const OptTensor& cu_seqlens,
                                               double scale) {
-  return run_forward_with_state(
-      check_attention("la2::forward_with_state", kDevice, q, k, v, slope, initial_state, cu_seqlens, scale));
+  const Attention args =
+      check_attention("la2::forward_with_state", kDevice, q, k, v, slope, initial_state, cu_seqlens, scale);
+  if (values_are_checked()) check_values(args);
+  return run_forward_with_state(args, empty_rows(q, args.sizes.dim_v));
 }
 
 std::tuple<Tensor, Tensor> forward_silu(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& slope,
                                         const OptTensor& initial_state, const OptTensor& cu_seqlens, double scale,
-                                        int64_t silu) {
+                                        int64_t silu, bool need_state) {
   Attention args = check_attention("la2::forward_silu", kDevice, q, k, v, slope, initial_state, cu_seqlens, scale);
-  take_silu(args, check_silu(args.op, silu));
-  return run_forward_with_state(args);
+  const int32_t bits = check_silu(args.op, silu);
+  if (values_are_checked()) check_values(args);
+  const Tensor out = empty_rows(q, args.sizes.dim_v);
+  take_silu(args, bits);
+  return run_forward_with_state(args, out, need_state);
 }
 
 // The kernels give one slope gradient per sequence and head; a slope shared by all sequences gets their sum.

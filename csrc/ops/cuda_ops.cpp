@@ -84,6 +84,8 @@ bool is_mappable(const Tensor& t) {
   return mappable;
 }
 
+bool are_mappable(const Attention& args) { return is_mappable(args.q) && is_mappable(args.k) && is_mappable(args.v); }
+
 Plan plan_for(const Attention& args, bool backward, bool slope_grad, bool mappable, const Device& device,
               bool is_extend = false, bool silu = false) {
   const Sizes& s = args.sizes;
@@ -100,7 +102,7 @@ Plan plan_for(const Attention& args, bool backward, bool slope_grad, bool mappab
   problem.slope_grad = slope_grad;
   problem.is_extend = is_extend;
   problem.silu = silu;
-  problem.mappable = mappable && is_mappable(args.q) && is_mappable(args.k) && is_mappable(args.v);
+  problem.mappable = mappable && are_mappable(args);
   const char* forced = std::getenv("LA2_PLAN");
   Plan plan;
   const Status status = recall_plan(problem, device.props(), forced ? forced : "", &plan);
@@ -224,9 +226,10 @@ void run_forward(Attention& args, const Tensor& out, const Tensor* final_state, 
   if (device.values_are_checked()) check_values(args);
   Plan plan = plan_for(args, false, false, true, device, false, silu != 0);
   if (silu != 0 && !plan.takes_silu) {
+    const bool was_mappable = are_mappable(args);
     take_silu(args, silu);
     silu = 0;
-    plan = plan_for(args, false, false, true, device);
+    if (!was_mappable) plan = plan_for(args, false, false, true, device);
   }
   TrilinearParams params = common_params(args, plan);
   const Tensor local = empty_local_states(args, plan, 0, args.sizes.dim_k, args.sizes.dim_v);
@@ -270,12 +273,12 @@ std::tuple<Tensor, Tensor> forward_with_state(const Tensor& q, const Tensor& k, 
 
 std::tuple<Tensor, Tensor> forward_silu(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& slope,
                                         const OptTensor& initial_state, const OptTensor& cu_seqlens, double scale,
-                                        int64_t silu) {
+                                        int64_t silu, bool need_state) {
   Attention args = check_attention("la2::forward_silu", kDevice, q, k, v, slope, initial_state, cu_seqlens, scale);
   const int32_t bits = check_silu(args.op, silu);
   Tensor out = empty_rows(q, args.sizes.dim_v);
-  Tensor final_state = empty_state(args);
-  run_forward(args, out, &final_state, bits);
+  Tensor final_state = need_state ? empty_state(args) : empty_contiguous(q, {0}, args.accumulation);
+  run_forward(args, out, need_state ? &final_state : nullptr, bits);
   return {out, final_state};
 }
 
@@ -520,8 +523,9 @@ Tensor extend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& s
   attention.sizes.num_seqs = std::min(most_requests, std::max<int64_t>(1, p.tokens / kLikelyTokens));
   Plan plan = plan_for(attention, false, false, true, device, true, p.silu != 0);
   if (p.silu != 0 && !plan.takes_silu) {
+    const bool was_mappable = are_mappable(attention);
     take_silu(args);
-    plan = plan_for(attention, false, false, true, device, true);
+    if (!was_mappable) plan = plan_for(attention, false, false, true, device, true);
   }
   attention.sizes.num_seqs = most_requests;
   plan.num_units = most_requests + p.tokens / plan.segment_len;

@@ -12,10 +12,11 @@ STABLE_TORCH_LIBRARY(la2, m) {
       "forward_with_state(Tensor q, Tensor k, Tensor v, Tensor? slope=None, *, Tensor? initial_state=None, "
       "Tensor? cu_seqlens=None, float scale=1.0) -> (Tensor out, Tensor final_state)");
   // forward_with_state on SiLU of the operands that `silu` names by its bits: 1 q, 2 k, 4 v. So do those of decode and
-  // extend.
+  // extend. Without need_state final_state has no elements.
   m.def(
       "forward_silu(Tensor q, Tensor k, Tensor v, Tensor? slope=None, *, Tensor? initial_state=None, "
-      "Tensor? cu_seqlens=None, float scale=1.0, int silu=7) -> (Tensor out, Tensor final_state)");
+      "Tensor? cu_seqlens=None, float scale=1.0, int silu=7, bool need_state=True) -> "
+      "(Tensor out, Tensor final_state)");
   m.def(
       "backward(Tensor grad_out, Tensor? grad_final_state, Tensor q, Tensor k, Tensor v, Tensor? slope=None, *, "
       "Tensor? initial_state=None, Tensor? cu_seqlens=None, float scale=1.0, bool need_dslope=True) -> "

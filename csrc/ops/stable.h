@@ -71,10 +71,12 @@ inline Tensor empty_contiguous(const Tensor& like, const std::vector<int64_t>& s
   return empty_strided(like, sizes, strides, dtype);
 }
 
-inline Tensor silu(const Tensor& t) {
-  StableIValue stack[] = {torch::stable::detail::from(t)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::silu", "", stack, TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
+// out = SiLU of t, by torch's kernel.
+inline void silu_out(const Tensor& t, const Tensor& out) {
+  using torch::stable::detail::from;
+  StableIValue stack[] = {from(t), from(out)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::silu", "out", stack, TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);  // frees the handle
 }
 
 // Tells autograd that t changes: a graph that has saved it may then not run backward. The stable ABI has no call for

@@ -52,8 +52,9 @@ def _forward_with_state_fake(q, k, v, slope=None, *, initial_state=None, cu_seql
 
 
 @torch.library.register_fake("la2::forward_silu")
-def _forward_silu_fake(q, k, v, slope=None, *, initial_state=None, cu_seqlens=None, scale=1.0, silu=7):
-    return _empty_rows(q, v.shape[-1]), _empty_state(q, v, cu_seqlens)
+def _forward_silu_fake(q, k, v, slope=None, *, initial_state=None, cu_seqlens=None, scale=1.0, silu=7, need_state=True):
+    state = _empty_state(q, v, cu_seqlens) if need_state else q.new_empty((0,), dtype=_accumulation_dtype(q))
+    return _empty_rows(q, v.shape[-1]), state
 
 
 @torch.library.register_fake("la2::_states")
@@ -435,12 +436,17 @@ _register_forward(_la2.forward.default)
 _register_forward(_la2.forward_with_state.default)
 
 
-def _forward_silu_autograd(keyset, q, k, v, slope=None, *, initial_state=None, cu_seqlens=None, scale=1.0, silu=7):
+def _forward_silu_autograd(
+    keyset, q, k, v, slope=None, *, initial_state=None, cu_seqlens=None, scale=1.0, silu=7, need_state=True
+):
     options = {"initial_state": initial_state, "cu_seqlens": cu_seqlens, "scale": scale}
     if not _differentiable(q, k, v, slope, initial_state) or not 0 <= silu <= 7:
-        return _redispatch(_la2.forward_silu.default, keyset, (q, k, v, slope), options | {"silu": silu})
+        options |= {"silu": silu, "need_state": need_state}
+        return _redispatch(_la2.forward_silu.default, keyset, (q, k, v, slope), options)
     q, k, v = (F.silu(x) if silu >> i & 1 else x for i, x in enumerate((q, k, v)))
-    return _la2.forward_with_state(q, k, v, slope, **options)
+    if need_state:
+        return _la2.forward_with_state(q, k, v, slope, **options)
+    return _la2.forward(q, k, v, slope, **options), q.new_empty((0,), dtype=_accumulation_dtype(q))
 
 
 _library.impl(_la2.forward_silu.default, _forward_silu_autograd, "Autograd", with_keyset=True)

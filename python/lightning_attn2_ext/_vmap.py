@@ -79,7 +79,10 @@ def _forward_vmap(op):
         )
         if isinstance(result, Tensor):
             return out_of_heads(result, size), 1
-        return tuple(out_of_heads(x, size) for x in result), (1, 1)
+        out, state = result
+        if state.dim() == 1:  # forward_silu without need_state
+            return (out_of_heads(out, size), state), (1, None)
+        return (out_of_heads(out, size), out_of_heads(state, size)), (1, 1)
 
     return rule
 
@@ -117,7 +120,10 @@ _DEFAULTS = {"slope": None, "initial_state": None, "cu_seqlens": None, "scale": 
 for _op in (_la2.forward.default, _la2.forward_with_state.default):
     register_vmap(_op, _forward_vmap(_op), _INPUTS, _DEFAULTS)
 register_vmap(
-    _la2.forward_silu.default, _forward_vmap(_la2.forward_silu.default), (*_INPUTS, "silu"), _DEFAULTS | {"silu": 7}
+    _la2.forward_silu.default,
+    _forward_vmap(_la2.forward_silu.default),
+    (*_INPUTS, "silu", "need_state"),
+    _DEFAULTS | {"silu": 7, "need_state": True},
 )
 register_vmap(
     _la2.backward.default,

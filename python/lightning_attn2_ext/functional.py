@@ -71,7 +71,9 @@ def lightning_attention(
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     options = {"initial_state": initial_state, "cu_seqlens": cu_seqlens, "scale": scale}
     if silu:
-        out, final_state = torch.ops.la2.forward_silu(q, k, v, slope, **options, silu=silu)
+        out, final_state = torch.ops.la2.forward_silu(
+            q, k, v, slope, **options, silu=silu, need_state=return_final_state
+        )
     elif return_final_state:
         out, final_state = torch.ops.la2.forward_with_state(q, k, v, slope, **options)
     else:
@@ -234,9 +236,8 @@ def extend(
 
     Raises:
         RuntimeError: on arguments that do not fit, or where a gradient is asked for. What stands in device memory is
-    Raises:
+            checked on the CPU, and on a GPU where the environment has LA2_CHECK=1 (which waits for the GPU).
         ValueError: on other letters in activated.
-, and on a GPU where the environment has LA2_CHECK=1 (which waits for the GPU).
     """
     return torch.ops.la2.extend(
         q,

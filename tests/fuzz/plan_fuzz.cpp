@@ -82,6 +82,8 @@ void check_plan(const Problem& p, const DeviceProps& d, const Plan& plan) {
   }
   check(plan.family != Family::kSm90 || (d.compute_capability == 90 && p.mappable && !p.slope_grad),
         "sm90 where it may");
+  if (plan.takes_silu)
+    check(p.silu && plan.family == Family::kSm90 && sm90_takes_silu(plan.tiles[0]), "SiLU where it may");
   if (plan.in_one_pass) {
     check(plan.family == Family::kSm90 && !p.backward && !p.is_extend && !plan.takes_silu, "one pass where it may");
     const int64_t slices = p.dim_v / plan.tiles[0].slice + (p.dim_v % plan.tiles[0].slice != 0);

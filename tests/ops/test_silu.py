@@ -25,6 +25,7 @@ KINDS = {
     "qkv": Case(batch=2, length=100, layout="qkv", state_layout=None, **SMALL | {"value_dim": 40}),
     "packed": Case(lengths=(67, 0, 1, 63), slope_per_seq=True, **SMALL),
     "one": Case(batch=2, length=1, **SMALL),
+    "turned": Case(batch=2, length=5, layout="turned", **SMALL),
 }
 
 
@@ -56,6 +57,28 @@ def test_each_operand(device, silu):
 def test_none_is_forward_with_state(device):
     x = KINDS["dense"].make(device)
     assert_equal(forward_silu(x, 0), la2.forward_with_state(*x.args, **x.options))
+
+
+def test_without_the_state(device):
+    x = KINDS["packed"].make(device)
+    out, state = la2.forward_silu(*x.args, **x.options, need_state=False)
+    assert torch.equal(out, forward_silu(x)[0]) and state.shape == (0,) and state.dtype == FP32
+    q = x.q.detach().clone().requires_grad_()
+    out, state = la2.forward_silu(q, *x.args[1:], **x.options, need_state=False)
+    assert state.shape == (0,) and torch.autograd.grad(out, q, x.grad_out)[0].abs().sum() > 0
+    mapped = torch.func.vmap(lambda q: la2.forward_silu(q, *x.args[1:], **x.options, need_state=False)[0])(x.q[None])
+    assert (mapped[0] - out).norm() <= 1e-6 * out.norm()
+
+
+@pytest.mark.parametrize("silu", (0, ALL))
+def test_heads_that_share_their_rows(device, silu):
+    """Operands with a stride of 0, which SiLU makes whole."""
+    x = KINDS["dense"].make(device)
+    x.q, x.k, x.v = (t[:, :1].expand(-1, t.shape[1], -1, -1) for t in (x.q, x.k, x.v))
+    out, state = forward_silu(x, silu)
+    check_forward(activated(x, silu), out, state)
+    options = x.options | {"silu": silu}
+    torch.library.opcheck(la2.forward_silu.default, x.args, options, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_far_values(device):
@@ -224,6 +247,26 @@ def test_hopper_dims(monkeypatch, dims, segments, silu):
     case = Case(heads=2, batch=2, length=333, key_dim=dims[0], value_dim=dims[1], dtype=BF16)
     family = "family=sm90," if dims[0] <= 192 else ""
     check_plan(monkeypatch, case, f"{family}segments={segments}", silu)
+
+
+@needs_hopper
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ("dense", "packed"))
+@pytest.mark.parametrize("value_dim, cluster", ((128, 2), (256, 2), (256, 4)))
+@pytest.mark.parametrize("segments", (1, 2))
+@pytest.mark.parametrize("dtype", HALVES, ids=plan_id)
+def test_hopper_clusters(monkeypatch, kind, value_dim, cluster, segments, dtype):
+    """Blocks that copy a and b for each other, and each take SiLU of what has come."""
+    case = dataclasses.replace(LONG[kind], dtype=dtype, value_dim=value_dim)
+    check_plan(monkeypatch, case, f"family=sm90,slice=64,segments={segments},cluster={cluster}")
+
+
+@needs_hopper
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ("dense", "packed"))
+def test_hopper_tile_of_192_in_float16(monkeypatch, kind):
+    case = dataclasses.replace(LONG[kind], dtype=FP16, key_dim=192, value_dim=136)
+    check_plan(monkeypatch, case, "family=sm90,segments=2")
 
 
 @needs_hopper

@@ -23,8 +23,8 @@ __device__ __forceinline__ uint32_t at_least<__half>(uint32_t pair, float bound)
 }
 
 // Of two 16-bit floats, in float32 (at most 5e-6 off) and rounded once. Both quotients by one reciprocal, that of the
-// product: what the unit for such functions does is what the kernels wait for. So that the product is finite, numbers
-// under -43.5, of which SiLU is above -10^-17, count as that.
+// product. So that it is finite, numbers under -43.5, of which SiLU is above -10^-17, count as that, minus infinity too
+// (torch's SiLU of it is NaN); and where one is NaN, both become it.
 template <class T>
 __device__ __forceinline__ uint32_t silu_pair(uint32_t pair) {
   constexpr float kLeast = -43.5f, kMinusLog2E = -1.4426950408889634f;

@@ -117,7 +117,10 @@ def register_sharding_rules() -> None:
         return
     _sharding_rule(_la2.forward.default, lambda kind, _: [_rows(kind)])
     _sharding_rule(_la2.forward_with_state.default, lambda kind, _: [_rows(kind), _rows(kind)])
-    _sharding_rule(_la2.forward_silu.default, lambda kind, _: [_rows(kind), _rows(kind)])
+    _sharding_rule(
+        _la2.forward_silu.default,
+        lambda kind, values: [_rows(kind), _rows(kind) if values.get("need_state", True) else Replicate()],
+    )
     _sharding_rule(_la2.backward.default, _backward_outputs)
     _sharding_rule(_la2.decode.default, lambda kind, _: [_rows(kind)])
 

@@ -103,7 +103,8 @@ class LightningMiniMaxAttention(MiniMaxLightningAttention):
         batch, length, _ = hidden_states.shape
         heads, dim = self.num_attention_heads, self.head_dim
         qkv = self.qkv_proj(hidden_states)
-        silu = "qkv" if attention_mask is None and type(self.act_fn) in _SILU else ""  # left to the operator
+        grad = torch.is_grad_enabled() and qkv.requires_grad
+        silu = "qkv" if attention_mask is None and not grad and type(self.act_fn) in _SILU else ""  # the operator's
         if not silu:
             qkv = self.act_fn(qkv)
         q, k, v = (t.transpose(1, 2) for t in qkv.view(batch, length, heads, 3 * dim).split(dim, -1))
@@ -114,7 +115,7 @@ class LightningMiniMaxAttention(MiniMaxLightningAttention):
         slope = self.slope(q.device, accumulation)
         if attention_mask is not None:
             out, state = forward_padded(q, k, v, attention_mask != 0, state, slope)
-        elif length == 1 and state is not None and not (torch.is_grad_enabled() and q.requires_grad):
+        elif length == 1 and state is not None and not grad:
             rows = (t.squeeze(2) for t in (q, k, v))
             out = lightning_attention_decode(*rows, state, slope, activated=silu).unsqueeze(2)
         else:
