@@ -14,7 +14,7 @@ from tests.support.cases import Case, cases
 la2 = torch.ops.la2
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 PLANS = ("", "segments=1", "segments=2", "segments=5", "slice=64", "slice=128", "family=sm80", "cluster=1")
-CALLS = ("forward", "forward_with_state", "backward", "autograd", "decode", "inference", "function")
+CALLS = ("forward", "forward_with_state", "backward", "autograd", "decode", "inference", "function", "silu")
 
 any_case = st.one_of(
     cases(dtypes=DTYPES, limit=400), cases(dtypes=DTYPES, limit=70, dim_limit=256), cases(dtypes=DTYPES, limit=20)
@@ -81,6 +81,18 @@ def _function(x):
         return_final_state=True,
     )
     check_forward(x, *got)
+
+
+def _silu(x):
+    """What the operator makes of tensors that torch's SiLU made, but for the last place of few of those."""
+    silu = 1 + x.q.shape[2] % 7
+    rows = (torch.nn.functional.silu(t) if silu >> i & 1 else t for i, t in enumerate((x.q, x.k, x.v)))
+    wants = la2.forward_with_state(*rows, x.slope, **x.options)
+    found = la2.forward_silu(*x.args, **x.options, silu=silu)
+    assert found[0].stride() == la2.forward(*x.args, **x.options).stride()
+    for got, want in zip(found, wants, strict=True):
+        assert got.shape == want.shape and got.isfinite().all()
+        assert (got.double() - want.double()).norm() <= torch.finfo(x.q.dtype).eps * want.double().norm()
 
 
 def _autograd(x):
