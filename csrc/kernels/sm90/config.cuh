@@ -84,10 +84,10 @@ struct Stage {
   typename Cfg::TileC second_a[Cfg::kBoth];  // [C, Dc]: a of the second job, whose b is c and whose c is b
 };
 
-// Arrivals: the copy engine's bytes and the producer (full, tail, full_a; with SiLU landed in place of full, which is
-// then for the warps that take it); of every block of the cluster each warp of
-// the state warpgroup and of the output warpgroup whose chunk it is (empty), of the latter (empty_a); every warp of the
-// state warpgroup (state_full), of the chunk's output warpgroup (state_empty, staged); the warp that stores (stored).
+// Arrivals: the copy engine's bytes and the producer (full, tail, full_a; with SiLU landed in place of full, where then
+// the warps arrive that take it); of every block of the cluster each warp of the state warpgroup and of the output
+// warpgroup whose chunk it is (empty), of the latter (empty_a); every warp of the state warpgroup (state_full), of the
+// chunk's output warpgroup (state_empty, staged); the warp that stores (stored).
 template <class Cfg>
 struct SharedStorage {
   Stage<Cfg> stages[Cfg::kStages];

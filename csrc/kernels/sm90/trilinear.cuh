@@ -164,8 +164,7 @@ __device__ __forceinline__ void run_roles(SharedStorage<Cfg>& smem, const Trilin
 // each a segment of a sequence for one head.
 // reads_previous: the kernel before this one wrote job.local.
 //
-// Grid: x = blocks of items, y = jobs. Three warpgroups, or four where the outputs take turns or SiLU is taken; chunk
-// i:
+// Grid: x = blocks of items, y = jobs. Three warpgroups, or four where outputs take turns or SiLU is taken; chunk i:
 //
 //   producer   copy(i+2) ........................................
 //   (SiLU)     | wait copy(i+1) | SiLU of a, b, c(i+1) ...
