@@ -314,6 +314,7 @@ Status make_plain_plan(const Problem& p, const DeviceProps& device, const std::s
 Status make_plan(const Problem& p, const DeviceProps& device, const std::string& forced_text, Plan* plan) {
   Problem plain = p;
   plain.silu = false;
+  if (p.silu && p.backward) return Status::error("silu is of a forward, expected none of a backward");
   if (Status s = make_plain_plan(plain, device, forced_text, plan); !s.is_ok() || !p.silu) return s;
   // Kernels of torch's and this plan's, or Hopper's that do both, if that is faster or asked for by their name.
   plan->predicted_us += torch_silu_us(p);

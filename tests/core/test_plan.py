@@ -280,6 +280,8 @@ def test_silu_is_taken_once_of_each_element(core):
     assert few.takes_silu and few.num_segments > 1 and not few.in_one_pass
     short = plan("1,8,1024,128,128,bf16")
     assert not short.takes_silu and short.in_one_pass
+    with pytest.raises(ValueError, match="silu is of a forward"):
+        plan(layer + ",backward")
     portable = core.device("sm_80x108")
     for text, where in ((layer, portable), ("1,64,16384,256,128,bf16", device)):
         got, without = plan(text, where=where), plan(text, silu=False, where=where)

@@ -123,9 +123,8 @@ def test_every_shape_of_the_planner_is_built_and_no_other(instances):
     for family, shapes in tables.items():
         kinds = KINDS if family == "sm80" else (*KINDS, SILU)
         wanted = {(dtype, *shape, *kind) for dtype, shape, kind in itertools.product(("bf16", "fp16"), shapes, kinds)}
-        if (
-            family == "sm90"
-        ):  # both gradients' operands of more than 128 columns do not fit, nor SiLU's of more than 192
+        # Both gradients' operands of more than 128 columns do not fit, nor those of SiLU of more than 192.
+        if family == "sm90":
             wanted = {w for w in wanted if not (w[1] > 128 and w[4]) and not (w[1] > 192 and w[5])}
         built = instances[family]
         assert built == wanted, f"{family} missing: {sorted(wanted - built)}; in vain: {sorted(built - wanted)}"
