@@ -86,6 +86,7 @@ struct TrilinearParams {
   // piece_chunks chunks in the order of the sweep, adds to the state that leaves the segment; piece 1, those before;
   // and so on, the last one all that is left. Piece p is num_units p states further on. Sums replace piece 0.
   int32_t num_pieces, piece_chunks;
+  bool sums_states;  // in that order: no combine pass comes, a block adds up what the segments before its own left
   const UnitEntry* units;  // [num_units], packed sequences: this table says what is where, not cu_seqlens
   // The state pass walks whole sequences (one segment each) from job.initial to job.final, and makes no outputs.
   bool states_alone;

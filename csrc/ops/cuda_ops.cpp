@@ -186,6 +186,7 @@ void enter_segments(const Attention& args, const Plan& plan, int which, Trilinea
   if (!params.is_cut) return;
   if (plan.family == Family::kSm90) params.local_floats = plan.state_floats[which];
   launch_states(args, plan, which, params, gradients, device.stream());
+  if (params.sums_states) return;
   // Of two segments the second one is entered by what leaves the first.
   if (plan.family == Family::kSm90 && plan.num_segments == 2 && plan.num_pieces == 1) return;
   const bool overlaps = plan.family != Family::kSimt && device.orders_kernels();
@@ -546,6 +547,16 @@ Tensor extend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& s
   tables.long_units = plan.num_units;
   tables.long_len = 2 * p.tokens / std::max<int64_t>(p.requests, 1);
   if (is_cut) tables.cutting = {plan.segment_len, plan.cuts_if_it_gains, plan.pass_tokens};
+  // Without a combine pass in between, which would have the multiprocessors, blocks of the main one begin beside those
+  // of the state pass.
+  const bool sums_states = is_sm90 && is_cut && plan.lanes > 0 && plan.num_pieces == 1 && p.silu == 0 &&
+                           sm90_sums_states(plan.tiles[0], p.tokens / plan.segment_len + 1);
+  if (sums_states) {
+    const Tile& of_pass = plan.state_tiles[0];
+    tables.lanes.blocks = static_cast<int>(plan.max_blocks[0] / plan.lanes);
+    tables.lanes.pass_blocks = static_cast<int>(p.heads * ((p.dim_v + of_pass.slice - 1) / of_pass.slice));
+    tables.lanes.num_sms = static_cast<int>(device.props().num_sms);
+  }
   check_cuda(op, "launching the plan", simt::launch_extend_plan(p, tables, device.stream()));
 
   TrilinearParams params = common_params(attention, plan);  // num_units of the passes before the main one
@@ -582,6 +593,7 @@ Tensor extend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& s
   job.final.slots = tables.write_slots;
   const Tensor local = empty_local_states(attention, plan, 0, p.dim_k, p.dim_v);
   job.local = local_state(local, p.dim_v);
+  params.sums_states = sums_states;
   enter_segments(attention, plan, 0, params, false, device);
   params.num_units = all_units;
   if (plan.lanes > 0) {

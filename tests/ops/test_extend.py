@@ -558,6 +558,28 @@ def test_requests_are_cut_where_it_gains(monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("pool", ("kv", "vk"))
+@pytest.mark.parametrize("heads, dims", ((8, (128, 128)), (3, (64, 64)), (8, (128, 40))))
+def test_what_is_cut_waits_beside_what_is_not(heads, dims, pool):
+    """Requests that are not cut are done while states of the others are still gathered: the same bits every time, also
+    with other batches right before and behind."""
+    lengths = (5000, *[431] * 12, 1, 0, 3000)
+    snapshots = [[(4000, 50)], *[[] for _ in lengths[2:]], [(64, 51)]]
+    x = Problem("cuda", lengths, slots=slots_of(lengths), snapshots=snapshots, dtype=BF16, dims=dims, heads=heads,
+                pool=pool, slope="usual", fresh=(3,), tail=9, num_slots=52)  # fmt: skip
+    other = Problem("cuda", (431,) * 9, dtype=BF16, dims=dims, heads=heads, slope="usual", seed=1)
+    before = x.state.clone()
+    out = x.run_and_check()
+    for _ in range(20):
+        again = pool_of(x.state.shape, pool, x.state.dtype, "cuda").copy_(before)
+        other.run()
+        out_again = x.run(again)
+        other.run()
+        assert torch.equal(out, out_again)
+        assert torch.equal(x.state, again)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("heads, dims", ((1, (64, 64)), (8, (128, 128)), (40, (64, 128)), (2, (256, 256))))
 @pytest.mark.parametrize("count", (20, 150))
 @pytest.mark.parametrize("plan", ("", "segments=9"))

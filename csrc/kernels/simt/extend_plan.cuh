@@ -147,8 +147,8 @@ __device__ inline int64_t cost_of_unit(const ExtendTables& to, const UnitEntry& 
          (unit.num_segments == 1 || left < to.cutting.segment_len ? left : to.cutting.segment_len);
 }
 
-// Deals the first `count` units out to the lanes, each lane's units of requests that are cut before all others. All
-// threads, behind a barrier.
+// Deals the first `count` units out to the lanes, each lane's units of requests that are cut before all others; behind
+// them where its blocks begin beside the state pass, for which those wait. All threads, behind a barrier.
 //
 // Few units one by one, the most expensive first, to the lane that has least (the LPT rule of Graham 1969); more lanes
 // than a warp has: there and back in that order. Many units: in their own order, a lane those between its shares of
@@ -165,8 +165,12 @@ class Dealer {
     int first[kMostLanes], turns[kMostLanes];
   };
 
-  __device__ Dealer(const ExtendTables& to, int64_t count, Shared& shared)
-      : to_(to), lanes_(to.lanes.count), count_(count), shared_(shared) {}
+  __device__ Dealer(const ExtendTables& to, int64_t count, int64_t cut_units, Shared& shared)
+      : to_(to), lanes_(to.lanes.count), count_(count), shared_(shared) {
+    const Lanes& lanes = to.lanes;
+    const int64_t free_sms = max(lanes.num_sms - cut_units * lanes.pass_blocks, int64_t{0});
+    lanes_at_once_ = lanes.pass_blocks == 0 || cut_units == 0 ? lanes_ : static_cast<int>(free_sms / lanes.blocks);
+  }
 
   __device__ void deal() {
     for (int lane = threadIdx.x; lane < lanes_; lane += kPlanThreads) {
@@ -185,6 +189,10 @@ class Dealer {
 
  private:
   __device__ UnitEntry& place(int lane, int64_t turn) { return to_.lanes.walks[turn * lanes_ + lane]; }
+  // Units have turns in the order of the table. Behind a barrier that all of the lane's are counted before.
+  __device__ UnitEntry& place_of_turn(int lane, int turn) {
+    return place(lane, to_.lanes.pass_blocks > 0 ? shared_.turns[lane] - 1 - turn : turn);
+  }
 
   __device__ void deal_few() {
     const int i = static_cast<int>(threadIdx.x), count = static_cast<int>(count_);
@@ -211,10 +219,9 @@ class Dealer {
       if (threadIdx.x < 32) deal_in_order(count);
       __syncthreads();
     }
-    if (!has_unit) return;
-    const int lane = shared_.lane[i], turn = shared_.turn[i];
-    place(lane, turn) = shared_.units[i];
-    atomicMax(&shared_.turns[lane], turn + 1);
+    if (has_unit) atomicMax(&shared_.turns[shared_.lane[i]], shared_.turn[i] + 1);
+    __syncthreads();
+    if (has_unit) place_of_turn(shared_.lane[i], shared_.turn[i]) = shared_.units[i];
   }
 
   // One warp, of which each lane is one.
@@ -230,7 +237,8 @@ class Dealer {
       const int64_t cost = rank < count ? shared_.costs[units[part]] & ((int64_t{1} << 62) - 1) : 0;
       costs[part] = static_cast<unsigned>((cost + kUnit - 1) / kUnit);
     }
-    unsigned load = 0;
+    // Those that begin when the state pass, which takes as long as a segment, has left them room.
+    unsigned load = lane < lanes_at_once_ ? 0 : static_cast<unsigned>(to_.cutting.segment_len / kUnit);
     int turn = 0;
     for (int part = 0; part < kFew / 32; ++part) {
       for (int r = 0; r < 32 && part * 32 + r < count; ++r) {
@@ -261,17 +269,22 @@ class Dealer {
       atomicMin(&shared_.first[lane], static_cast<int>(i));
     }
     __syncthreads();
+    auto turn_of = [&](int64_t i, int lane) { return static_cast<int>(i) - shared_.first[lane]; };
+    for (int64_t i = threadIdx.x; i < count_; i += kPlanThreads) {
+      const int lane = to_.units[i].lane;
+      if (i + 1 == count_ || to_.units[i + 1].lane != lane) shared_.turns[lane] = turn_of(i, lane) + 1;
+    }
+    __syncthreads();
     for (int64_t i = threadIdx.x; i < count_; i += kPlanThreads) {
       const UnitEntry unit = to_.units[i];
-      const int turn = static_cast<int>(i) - shared_.first[unit.lane];
-      place(unit.lane, turn) = unit;
-      if (i + 1 == count_ || to_.units[i + 1].lane != unit.lane) shared_.turns[unit.lane] = turn + 1;
+      place_of_turn(unit.lane, turn_of(i, unit.lane)) = unit;
     }
   }
 
   const ExtendTables& to_;
   const int lanes_;
   const int64_t count_;
+  int lanes_at_once_;
   Shared& shared_;
 };
 
@@ -350,7 +363,7 @@ __global__ void __launch_bounds__(kPlanThreads)
     to.units[i] = {0, 0, 0, 0, -1, 1, 0, 0};
   if (to.lanes.count == 0) return;
   __syncthreads();
-  Dealer(to, min(all_units, to.num_units), of_dealer).deal();
+  Dealer(to, min(all_units, to.num_units), total.units[0], of_dealer).deal();
 }
 
 }  // namespace la2::simt

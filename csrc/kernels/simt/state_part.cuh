@@ -196,11 +196,10 @@ struct StateView {
   P* data;
   int64_t stride_d, stride_e;
 
+  __device__ __forceinline__ StateView(const MutableState& state, int64_t first)
+      : data(static_cast<P*>(state.data) + first), stride_d(state.stride_d), stride_e(state.stride_e) {}
   __device__ __forceinline__ StateView(const MutableState& state, const Place& place, int64_t slot)
-      : data(static_cast<P*>(state.data) + slot * state.stride_s + place.head * state.stride_h +
-             place.first_col * state.stride_e),
-        stride_d(state.stride_d),
-        stride_e(state.stride_e) {}
+      : StateView(state, slot * state.stride_s + place.head * state.stride_h + place.first_col * state.stride_e) {}
 };
 
 // ---- sums -----------------------------------------------------------------------------------------------------------

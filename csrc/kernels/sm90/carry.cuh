@@ -71,12 +71,20 @@ struct CombinedStates {
   __device__ __forceinline__ void wait(const Item&) const {}
 };
 
+// The same, or the sum of what the segments before it left alone (TrilinearParams::sums_states). Forward sweeps.
+struct StatesOfSegments : CombinedStates {
+  __device__ __forceinline__ int count(const TrilinearParams& p, const Item& item) const {
+    return p.sums_states && !item.is_first ? item.segment : 1;
+  }
+};
+
 // Takes up an item: the powers of its decay, and Z as the segments before it or the caller left it; zero where neither
-// did.
+// did. reads_previous: the kernel before this one wrote the former. Outputs alone wait for it so late, those of what is
+// not cut never; gradients have waited already.
 template <class Cfg, class States>
 __device__ __forceinline__ void take_up(StateAccumulators<Cfg>& z, SharedStorage<Cfg>& smem, const TrilinearParams& p,
                                         const TrilinearJob& job, const Item& item, const States& states, bool reverse,
-                                        const WarpgroupLane& me) {
+                                        bool reads_previous, const WarpgroupLane& me) {
   ptx::named_barrier_sync(kStateWarps, 128);
   smem.powers.fill(simt::slope_of<float>(p, item.sequence, item.head), ptx::opaque(threadIdx.x % 128), 128);
   ptx::named_barrier_sync(kStateWarps, 128);
@@ -85,6 +93,7 @@ __device__ __forceinline__ void take_up(StateAccumulators<Cfg>& z, SharedStorage
   if (count > 1)
     decay = rounded_decay_power(simt::slope_of<float>(p, item.sequence, item.head), static_cast<int>(p.segment_len));
   states.wait(item);
+  if (Cfg::kHasTable && reads_previous && item.num_segments > 1) ptx::wait_for_previous_kernel();
 #pragma unroll
   for (int block = 0; block < Cfg::kSlice / 64; ++block) {
     clear(z[block]);
@@ -92,8 +101,12 @@ __device__ __forceinline__ void take_up(StateAccumulators<Cfg>& z, SharedStorage
       load_state<!Cfg::kSplit>(z[block], job.initial, item, block * 64, job.dim_a, job.dim_c - item.first_col, me);
     } else if (block * 64 < job.dim_c - item.first_col) {
       const int unit = Cfg::kHasTable && item.is_first ? unit_of_copy(item) : item.unit + (reverse ? count : -count);
-      load_sum(z[block], fragment_of<Cfg::kTileA>(job, item, unit, block, me),
-               (reverse ? -job.local.stride_s : job.local.stride_s) / 4, count, decay);
+      const auto* const from = fragment_of<Cfg::kTileA>(job, item, unit, block, me);
+      const int64_t step = (reverse ? -job.local.stride_s : job.local.stride_s) / 4;
+      if constexpr (Cfg::kAlone || !Cfg::kTakesTurns)
+        load_sum(z[block], from, step, count, decay);
+      else
+        load_sum_in_halves(z[block], from, step, count, decay);
     }
   }
 }
@@ -139,12 +152,12 @@ __device__ __forceinline__ void carry_state(SharedStorage<Cfg>& smem, const Tril
   const float update = static_cast<float>(job.update);
   Ring<Cfg::kStages> ring;
   Ring<Cfg::kStateBuffers> state_ring;
-  if (reads_previous) ptx::wait_for_previous_kernel();
+  if (!Cfg::kHasTable && reads_previous) ptx::wait_for_previous_kernel();
   for (int index = schedule.first(); index < schedule.count(p); index = schedule.after(index, p)) {
     const Item item = schedule.item(p, job, index, Cfg::kSlice);
     if (!item.is_valid) break;
     StateAccumulators<Cfg> z;
-    take_up<Cfg>(z, smem, p, job, item, CombinedStates(), reverse, me);
+    take_up<Cfg>(z, smem, p, job, item, CombinedStates(), reverse, reads_previous, me);
 
     const bool wants_state = job.final.data != nullptr && item.is_last;
     int filled = -1;
@@ -180,12 +193,12 @@ __device__ __forceinline__ void carry_state_ahead(SharedStorage<Cfg>& smem, cons
   const float update = static_cast<float>(job.update);
   Ring<Cfg::kStages> ring;
   Ring<Cfg::kStateBuffers> state_ring;
-  if (reads_previous) ptx::wait_for_previous_kernel();
+  if (!Cfg::kHasTable && reads_previous) ptx::wait_for_previous_kernel();
   for (int index = schedule.first(); index < schedule.count(p); index = schedule.after(index, p)) {
     const Item item = schedule.item(p, job, index, Cfg::kSlice);
     if (!item.is_valid) break;
     StateAccumulators<Cfg> z;
-    take_up<Cfg>(z, smem, p, job, item, states, reverse, me);
+    take_up<Cfg>(z, smem, p, job, item, states, reverse, reads_previous, me);
     const bool wants_state = job.final.data != nullptr && item.is_last;
     if (item.num_chunks > 0) {
       HeldWeights<T> weights;

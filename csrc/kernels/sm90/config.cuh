@@ -38,6 +38,7 @@ struct Config {
   // ones and gradients have no registers for it, and with SiLU there are others at work.
   static constexpr int kOutputGroups = kSlice == 64 && kTileA <= 128 && !kSplit && !kBoth && !kSilu ? 2 : 1;
   static constexpr bool kTakesTurns = kOutputGroups == 2;
+  static_assert(kTakesTurns == (sm90_sums_states({kTileA, kSlice, kChunk}, 1) && !kSplit && !kBoth && !kSilu));
   // In shared memory; where a chunk's update is in flight, in registers (HeldWeights).
   static constexpr bool kWeighsInPairs = kWeighsByPairs<T, kTileA, kSplit> && !kTakesTurns;
   static constexpr bool kHasTable = !kSplit;                            // Schedule (work.cuh)
@@ -85,7 +86,7 @@ struct Stage {
 };
 
 // Arrivals: the copy engine's bytes and the producer (full, tail, full_a; with SiLU landed in place of full, where then
-// the warps arrive that take it); of every block of the cluster each warp of the state warpgroup and of the output
+// every thread arrives that takes it); of every block of the cluster each warp of the state warpgroup and of the output
 // warpgroup whose chunk it is (empty), of the latter (empty_a); every warp of the state warpgroup (state_full), of the
 // chunk's output warpgroup (state_empty, staged); the warp that stores (stored).
 template <class Cfg>

@@ -214,7 +214,7 @@ __device__ __forceinline__ void gather(GatherStorage<Cfg>& smem, const Trilinear
 template <class Cfg>
 __device__ __forceinline__ void init_barriers(GatherStorage<Cfg>& smem, int cluster) {
   for (int i = 0; i < Cfg::kStages; ++i) {
-    ptx::mbarrier_init(shared_address(&smem.full[i]), Cfg::kSilu ? Cfg::kActivators : 1);
+    ptx::mbarrier_init(shared_address(&smem.full[i]), Cfg::kSilu ? 32 * Cfg::kActivators : 1);
     ptx::mbarrier_init(shared_address(&smem.tail[i]), 1);
     if constexpr (Cfg::kSilu) ptx::mbarrier_init(shared_address(&smem.landed[i]), 1);
     ptx::mbarrier_init(shared_address(&smem.empty[i]), 4 * Cfg::kGatherers * cluster);

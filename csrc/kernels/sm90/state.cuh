@@ -153,6 +153,26 @@ __device__ __forceinline__ void load_sum(Accumulators<kRegs>& z, const float4* f
     }
   }
 }
+// The same where registers are few: of half of Z^T at a time, one state's under way.
+template <int kRegs>
+__device__ __forceinline__ void load_sum_in_halves(Accumulators<kRegs>& z, const float4* from, int64_t step, int count,
+                                                   float decay) {
+  constexpr int kHalf = kRegs / 2;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const float4* next_from = from + half * (kHalf / 4) * 128;
+    Accumulators<kHalf> sum, next;
+    clear(sum);
+    load_fragment(next, next_from);
+#pragma unroll 1
+    for (int n = 1; n <= count; ++n) {
+      add_update(sum, decay, next);
+      if (n < count) load_fragment(next, next_from += step);
+    }
+#pragma unroll
+    for (int i = 0; i < kHalf; ++i) z[half * kHalf + i] = sum[i];
+  }
+}
 template <int kRegs>
 __device__ __forceinline__ void store_fragment(const Accumulators<kRegs>& z, float4* to) {
 #pragma unroll

@@ -103,7 +103,7 @@ __device__ __forceinline__ void init_barriers(SharedStorage<Cfg>& smem, const Tr
   constexpr int kConsumerWarps = 2 * kWarpsOfRole;  // of a chunk
   const int more = is_followed<Cfg>(p) ? 31 * kWarpsOfRole : 0;
   for (int i = 0; i < Cfg::kStages; ++i) {
-    ptx::mbarrier_init(shared_address(&smem.full[i]), Cfg::kSilu ? Cfg::kActivators : 1);
+    ptx::mbarrier_init(shared_address(&smem.full[i]), Cfg::kSilu ? 32 * Cfg::kActivators : 1);
     ptx::mbarrier_init(shared_address(&smem.tail[i]), 1);
     if constexpr (Cfg::kSilu) ptx::mbarrier_init(shared_address(&smem.landed[i]), 1);
     ptx::mbarrier_init(shared_address(&smem.empty[i]), kConsumerWarps * cluster + more);
@@ -192,7 +192,6 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
       if (blockIdx.x == 0) ptx::wait_for_previous_kernel();  // as below
       return;
     }
-    if (first.num_segments == 1) reads_previous = false;  // nor has any unit behind it a state from the passes before
   }
 
   if (threadIdx.x == 0) {
@@ -206,7 +205,8 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
   ptx::launch_dependents();
   if (cluster > 1) ptx::cluster_sync();
 
-  run_roles(smem, p, job, job_maps, reads_previous, CombinedStates());
+  using States = std::conditional_t<Cfg::kTakesTurns, StatesOfSegments, CombinedStates>;
+  run_roles(smem, p, job, job_maps, reads_previous, States());
   // A block may not go while others of its cluster still copy to it or arrive at its barriers.
   if (ptx::cluster_size() > 1) ptx::cluster_sync();
   // Whoever waits for this kernel has thereby waited for the one that it overlaps.

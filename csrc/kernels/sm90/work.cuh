@@ -23,7 +23,7 @@ constexpr int kChunk = 64;  // tokens: the M of one warpgroup's product
 // One segment of one sequence, one head, one slice of Dc. What a chunk needs of a unit, in 32 bits (the launch has seen
 // to it that they do): consumers have few registers to keep it in.
 struct Item {
-  int unit, num_segments;  // where its state between segments lies; of its sequence
+  int unit, segment, num_segments;  // where its state between segments lies; of its sequence
   int sequence, state, batch, head, row_begin, length, first_col, num_chunks;
   bool is_valid, reverse;
   bool is_first, is_last;  // of its sequence, in the order of the sweep
@@ -83,6 +83,7 @@ struct Schedule : Cluster<kInCluster> {
     const simt::Unit unit = simt::find_unit<true, kHasTable>(params, unit_idx);
     Item item;
     item.unit = static_cast<int>(unit.index);
+    item.segment = static_cast<int>(unit.segment);
     item.num_segments = static_cast<int>(unit.num_segments);
     item.sequence = static_cast<int>(unit.sequence);
     item.state = static_cast<int>(unit.state);
