@@ -31,10 +31,10 @@ constexpr int64_t sm80_shared_bytes(const Tile& t, bool slope_grad) {
 // Whether sm90 has kernels that take SiLU of their operands: not where a has stages of its own.
 constexpr bool sm90_takes_silu(const Tile& t) { return t.tile_a < 256; }
 
-// One pass (sm90): a block adds up itself what the segments before its own gathered where their states have so many
-// rows of Da together at most; 16 segments of a tile of 128.
+// One pass, and extend (sm90): a block adds up itself what the segments before its own gathered where their states have
+// so many rows of Da together at most; 16 segments of a tile of 128.
 constexpr int kMostRowsAdded = 16 * 128;
-// Whether the sm90 kernel of this tile adds up the states of segments itself where no combine pass comes, of so many.
+// Whether the main pass's kernel of this tile can, of so many segments.
 constexpr bool sm90_sums_states(const Tile& tile, int64_t segments) {
   return tile.slice == 64 && tile.tile_a <= 128 && segments * tile.tile_a <= kMostRowsAdded;
 }

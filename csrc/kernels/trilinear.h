@@ -37,9 +37,9 @@ struct TrilinearJob {
   State initial;                // Z entering the sequence [num_seqs, H, Da, Dc]; absent: zero
   MutableState final;           // Z leaving the sequence; absent: not wanted. An empty sequence copies `initial`.
   // A state per unit, [num_units, H, Da, Dc] (stride_s steps units), where sequences are cut: the state pass leaves
-  // in it what each segment gathers alone, from zero; the combine pass turns that into Z as it enters the segment
-  // (`initial` included), which is what the main pass starts from. Jobs that sweep alike over the same b and c may
-  // share one, transposed.
+  // in it what each segment gathers alone, from zero; the combine pass (sums_states: none) turns that into Z as it
+  // enters the segment (`initial` included), which is what the main pass starts from. Jobs that sweep alike over the
+  // same b and c may share one, transposed.
   MutableState local;
 
   // Slope gradient (nullptr: not wanted). out_inter is the part of out through Z. With x the row operand that
@@ -86,10 +86,12 @@ struct TrilinearParams {
   // piece_chunks chunks in the order of the sweep, adds to the state that leaves the segment; piece 1, those before;
   // and so on, the last one all that is left. Piece p is num_units p states further on. Sums replace piece 0.
   int32_t num_pieces, piece_chunks;
-  bool sums_states;  // in that order: no combine pass comes, a block adds up what the segments before its own left
   const UnitEntry* units;  // [num_units], packed sequences: this table says what is where, not cu_seqlens
   // The state pass walks whole sequences (one segment each) from job.initial to job.final, and makes no outputs.
   bool states_alone;
+  // No combine pass comes: states of local_floats stay what each segment gathered, and a block of the main pass adds up
+  // those before its own.
+  bool sums_states;
 };
 
 inline void set_segment_len(TrilinearParams& params, int64_t segment_len) {

@@ -120,9 +120,9 @@ void launch(const Attention& args, const Plan& plan, int which, const TrilinearP
     sm90::LaunchOptions options;
     options.cluster = plan.clusters[which];
     options.max_blocks = plan.max_blocks[which];
-    // Behind the combine pass, whose states it reads; the second launch behind the first, of which it needs nothing and
-    // which has waited for the combine pass.
-    // Behind the short requests of an extend, whose rows and slots are others.
+    // Behind the combine or the state pass, whose states it reads; the second launch behind the first, of which it
+    // needs nothing and which has waited for the combine pass. Behind the short requests of an extend, whose rows and
+    // slots are others.
     options.overlaps = params.is_cut || which > 0 || params.units != nullptr;
     options.reads_previous = params.is_cut && (which == 0 || !plan.is_fused);
     const bool both = plan.is_fused && which == 0;
@@ -549,8 +549,9 @@ Tensor extend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& s
   if (is_cut) tables.cutting = {plan.segment_len, plan.cuts_if_it_gains, plan.pass_tokens};
   // Without a combine pass in between, which would have the multiprocessors, blocks of the main one begin beside those
   // of the state pass.
+  const int64_t most_segments = (p.tokens + plan.segment_len - 1) / plan.segment_len;  // of one request
   const bool sums_states = is_sm90 && is_cut && plan.lanes > 0 && plan.num_pieces == 1 && p.silu == 0 &&
-                           sm90_sums_states(plan.tiles[0], p.tokens / plan.segment_len + 1);
+                           sm90_sums_states(plan.tiles[0], most_segments);
   if (sums_states) {
     const Tile& of_pass = plan.state_tiles[0];
     tables.lanes.blocks = static_cast<int>(plan.max_blocks[0] / plan.lanes);

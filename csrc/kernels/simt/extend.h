@@ -18,8 +18,8 @@ struct Lanes {
   int count;            // 0: a block walks whatever comes next in the order of `units`
   int64_t item_tokens;  // at least 1
   UnitEntry* walks;     // [num_units, lanes]: the units dealt out, in each lane up to the first absent one
-  // Where blocks of the main pass begin beside those of the state pass: of a lane, of the state pass for each unit that
-  // is cut, multiprocessors. pass_blocks 0: they begin when that pass is over.
+  // Where blocks of the main pass may begin beside those of the state pass, no combine pass being in between: of a
+  // lane, of the state pass for each unit that is cut, multiprocessors. pass_blocks 0: they may not.
   int blocks, pass_blocks, num_sms;
 };
 

@@ -156,6 +156,8 @@ __device__ inline int64_t cost_of_unit(const ExtendTables& to, const UnitEntry& 
 class Dealer {
  public:
   static constexpr int kFew = 64;
+  // Costs have 62 bits; above them, whether it is cut.
+  static constexpr int64_t kCut = int64_t{1} << 62;
 
   struct Shared {
     int64_t of_warps[kPlanWarps];
@@ -198,10 +200,8 @@ class Dealer {
     const int i = static_cast<int>(threadIdx.x), count = static_cast<int>(count_);
     const bool has_unit = i < count;
     if (has_unit) {
-      // Costs have 62 bits; above them, whether it is cut.
-      constexpr int64_t kFirst = int64_t{1} << 62;
       const UnitEntry& unit = shared_.units[i];
-      shared_.costs[i] = cost_of_unit(to_, unit) + (unit.num_segments > 1 ? kFirst : 0);
+      shared_.costs[i] = cost_of_unit(to_, unit) + (unit.num_segments > 1 ? kCut : 0);
     }
     __syncthreads();
     int rank = 0;
@@ -231,22 +231,29 @@ class Dealer {
     const int lane = static_cast<int>(threadIdx.x);
     int units[kFew / 32];
     unsigned costs[kFew / 32];
+    bool waits[kFew / 32];  // is cut, beside the state pass
+    const bool is_beside = to_.lanes.pass_blocks > 0;
     for (int part = 0; part < kFew / 32; ++part) {
       const int rank = part * 32 + lane;
       units[part] = rank < count ? shared_.order[rank] : 0;
-      const int64_t cost = rank < count ? shared_.costs[units[part]] & ((int64_t{1} << 62) - 1) : 0;
-      costs[part] = static_cast<unsigned>((cost + kUnit - 1) / kUnit);
+      const int64_t cost = rank < count ? shared_.costs[units[part]] : 0;
+      costs[part] = static_cast<unsigned>(((cost & (kCut - 1)) + kUnit - 1) / kUnit);
+      waits[part] = is_beside && cost >= kCut;
     }
-    // Those that begin when the state pass, which takes as long as a segment, has left them room.
-    unsigned load = lane < lanes_at_once_ ? 0 : static_cast<unsigned>(to_.cutting.segment_len / kUnit);
+    // The state pass takes as long as a segment. Lanes for which it leaves no room begin behind it, and so does
+    // everywhere what is cut, which comes last.
+    const auto pass = static_cast<unsigned>(to_.cutting.segment_len / kUnit);
+    unsigned before = lane < lanes_at_once_ ? 0 : pass, behind = 0;
     int turn = 0;
     for (int part = 0; part < kFew / 32; ++part) {
       for (int r = 0; r < 32 && part * 32 + r < count; ++r) {
         const int unit = __shfl_sync(kAll, units[part], r);
         const unsigned cost = __shfl_sync(kAll, costs[part], r);
+        const bool is_behind = __shfl_sync(kAll, waits[part], r);
+        const unsigned load = behind == 0 ? before : max(before, pass) + behind;
         const unsigned least = __reduce_min_sync(kAll, lane < lanes_ ? load << 5 | lane : kAll);
         if (static_cast<int>(least & 31) != lane) continue;
-        load += cost;
+        (is_behind ? behind : before) += cost;
         shared_.lane[unit] = lane;
         shared_.turn[unit] = turn++;
       }

@@ -26,7 +26,7 @@ cudaError_t with_state_part(const MutableState& state, int64_t dim_k, int64_t di
     return inner == 1 && (state.stride_s | state.stride_h | outer) % kVec == 0 &&
            reinterpret_cast<uintptr_t>(state.data) % 16 == 0;
   };
-  constexpr int kLanes = kIsFloat ? 16 : 8;  // 64 columns
+  constexpr int kLanes = kIsFloat ? 16 : 8;  // 64 columns; of float64 16
   const bool is_many = kIsFloat && states >= kManyBlocks / ((dim_v + 63) / 64);
   if (is_vector(state.stride_e, state.stride_d)) {
     if (dim_k <= 64) return body(Wrapped<ColumnsPart<T, P, 64, 8, kLanes, true>>());

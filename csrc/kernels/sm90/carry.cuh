@@ -105,6 +105,8 @@ __device__ __forceinline__ void take_up(StateAccumulators<Cfg>& z, SharedStorage
       const int64_t step = (reverse ? -job.local.stride_s : job.local.stride_s) / 4;
       if constexpr (Cfg::kAlone || !Cfg::kTakesTurns)
         load_sum(z[block], from, step, count, decay);
+      else if (count == 1)
+        load_fragment(z[block], from);
       else
         load_sum_in_halves(z[block], from, step, count, decay);
     }

@@ -3,6 +3,7 @@
 
 #include <type_traits>
 
+#include "../../core/tile.h"
 #include "steps.cuh"
 
 namespace la2::sm90 {

@@ -23,7 +23,8 @@ constexpr int kChunk = 64;  // tokens: the M of one warpgroup's product
 // One segment of one sequence, one head, one slice of Dc. What a chunk needs of a unit, in 32 bits (the launch has seen
 // to it that they do): consumers have few registers to keep it in.
 struct Item {
-  int unit, segment, num_segments;  // where its state between segments lies; of its sequence
+  int unit;                   // where its state between segments lies
+  int segment, num_segments;  // which one, and how many, of its sequence
   int sequence, state, batch, head, row_begin, length, first_col, num_chunks;
   bool is_valid, reverse;
   bool is_first, is_last;  // of its sequence, in the order of the sweep
