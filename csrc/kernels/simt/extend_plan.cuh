@@ -231,29 +231,23 @@ class Dealer {
     const int lane = static_cast<int>(threadIdx.x);
     int units[kFew / 32];
     unsigned costs[kFew / 32];
-    bool waits[kFew / 32];  // is cut, beside the state pass
-    const bool is_beside = to_.lanes.pass_blocks > 0;
     for (int part = 0; part < kFew / 32; ++part) {
       const int rank = part * 32 + lane;
       units[part] = rank < count ? shared_.order[rank] : 0;
-      const int64_t cost = rank < count ? shared_.costs[units[part]] : 0;
-      costs[part] = static_cast<unsigned>(((cost & (kCut - 1)) + kUnit - 1) / kUnit);
-      waits[part] = is_beside && cost >= kCut;
+      const int64_t cost = rank < count ? shared_.costs[units[part]] & (kCut - 1) : 0;
+      costs[part] = static_cast<unsigned>((cost + kUnit - 1) / kUnit);
     }
-    // The state pass takes as long as a segment. Lanes for which it leaves no room begin behind it, and so does
-    // everywhere what is cut, which comes last.
-    const auto pass = static_cast<unsigned>(to_.cutting.segment_len / kUnit);
-    unsigned before = lane < lanes_at_once_ ? 0 : pass, behind = 0;
+    // The state pass takes as long as a segment: what lanes for which it leaves no room have to wait. (That what is cut
+    // waits for it everywhere, behind the rest, is not counted: with that, times were longer.)
+    unsigned load = lane < lanes_at_once_ ? 0 : static_cast<unsigned>(to_.cutting.segment_len / kUnit);
     int turn = 0;
     for (int part = 0; part < kFew / 32; ++part) {
       for (int r = 0; r < 32 && part * 32 + r < count; ++r) {
         const int unit = __shfl_sync(kAll, units[part], r);
         const unsigned cost = __shfl_sync(kAll, costs[part], r);
-        const bool is_behind = __shfl_sync(kAll, waits[part], r);
-        const unsigned load = behind == 0 ? before : max(before, pass) + behind;
         const unsigned least = __reduce_min_sync(kAll, lane < lanes_ ? load << 5 | lane : kAll);
         if (static_cast<int>(least & 31) != lane) continue;
-        (is_behind ? behind : before) += cost;
+        load += cost;
         shared_.lane[unit] = lane;
         shared_.turn[unit] = turn++;
       }

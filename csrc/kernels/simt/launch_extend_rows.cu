@@ -21,7 +21,7 @@ cudaError_t launch_kernel(const ExtendParams& params, const ExtendTables& tables
 template <class T, class P>
 cudaError_t launch_typed(const ExtendParams& params, const ExtendTables& tables, bool overlaps, cudaStream_t stream) {
   const int64_t states = params.requests * params.heads;
-  return with_state_part<T, P>(params.state, params.dim_k, params.dim_v, states, [&](auto part) {
+  return with_state_part<T, P, true>(params.state, params.dim_k, params.dim_v, states, [&](auto part) {
     return launch_kernel<typename decltype(part)::Type>(params, tables, overlaps, stream);
   });
 }

@@ -6,7 +6,7 @@
 namespace la2::simt {
 namespace {
 
-template <class Part>
+template <class Part, bool kIsOneToken>
 cudaError_t launch_kernel(const RecurrentParams& params, bool overlaps, cudaStream_t stream) {
   const int64_t num_slices = (params.dim_v + Part::kSlice - 1) / Part::kSlice;
   if (params.rows == 0 || params.heads == 0 || num_slices == 0) return cudaSuccess;
@@ -14,28 +14,37 @@ cudaError_t launch_kernel(const RecurrentParams& params, bool overlaps, cudaStre
   if (params.heads > kMaxBlocks / num_slices || params.rows > kMaxBlocks / (num_slices * params.heads))
     return cudaErrorInvalidConfiguration;
   const dim3 grid(static_cast<unsigned>(num_slices * params.heads * params.rows));
-  // One token of one: nothing of it in shared memory. Also to commit one, unless it may be none.
-  if (params.tokens == 1 && params.num_accepted.data == nullptr)
+  if constexpr (kIsOneToken) {  // nothing of it in shared memory
     return launch_overlapping(la2_recurrent_one_simt_kernel<Part>, grid, Part::kThreads, 0, overlaps, stream, params);
-  constexpr size_t kTokenBytes = TokenRows<Part>::kElements * sizeof(typename Part::T);
-  constexpr size_t kSumBytes = kTokensAtOnce * Part::kParts * Part::kSlice * sizeof(typename Part::Acc);
-  constexpr size_t kUnasked = 47 * 1024;  // of 48 KiB that a block may have, all it declares included
-  const size_t token_bytes = static_cast<size_t>(params.tokens) * kTokenBytes;
-  if (token_bytes + kSumBytes > kUnasked) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(la2_recurrent_simt_kernel<Part>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(kMaxRecurrentTokens * kTokenBytes));
-    if (error != cudaSuccess) return error;
+  } else {
+    constexpr size_t kTokenBytes = TokenRows<Part>::kElements * sizeof(typename Part::T);
+    constexpr size_t kSumBytes = kTokensAtOnce * Part::kParts * Part::kSlice * sizeof(typename Part::Acc);
+    constexpr size_t kUnasked = 47 * 1024;  // of 48 KiB that a block may have, all it declares included
+    const size_t token_bytes = static_cast<size_t>(params.tokens) * kTokenBytes;
+    if (token_bytes + kSumBytes > kUnasked) {
+      const cudaError_t error =
+          cudaFuncSetAttribute(la2_recurrent_simt_kernel<Part>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(kMaxRecurrentTokens * kTokenBytes));
+      if (error != cudaSuccess) return error;
+    }
+    return launch_overlapping(la2_recurrent_simt_kernel<Part>, grid, Part::kThreads, token_bytes, overlaps, stream,
+                              params);
   }
-  return launch_overlapping(la2_recurrent_simt_kernel<Part>, grid, Part::kThreads, token_bytes, overlaps, stream,
-                            params);
+}
+
+template <class T, class P, bool kIsOneToken>
+cudaError_t launch_tokens(const RecurrentParams& params, bool overlaps, cudaStream_t stream) {
+  return with_state_part<T, P, kIsOneToken>(
+      params.state, params.dim_k, params.dim_v, params.rows * params.heads,
+      [&](auto part) { return launch_kernel<typename decltype(part)::Type, kIsOneToken>(params, overlaps, stream); });
 }
 
 template <class T, class P>
 cudaError_t launch_typed(const RecurrentParams& params, bool overlaps, cudaStream_t stream) {
-  return with_state_part<T, P>(params.state, params.dim_k, params.dim_v, params.rows * params.heads, [&](auto part) {
-    return launch_kernel<typename decltype(part)::Type>(params, overlaps, stream);
-  });
+  // Also to commit one, unless it may be none.
+  const bool is_one_token = params.tokens == 1 && params.num_accepted.data == nullptr;
+  return is_one_token ? launch_tokens<T, P, true>(params, overlaps, stream)
+                      : launch_tokens<T, P, false>(params, overlaps, stream);
 }
 
 template <class T>
