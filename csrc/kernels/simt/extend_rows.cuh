@@ -121,9 +121,8 @@ __global__ void __launch_bounds__(Part::kThreads, Part::kMinBlocks)
   if (work.writes) part.store(StateView<P>(params.state, place, work.write_slot));
   part.leave(sum, sums);
   __syncthreads();
-  T* const out = static_cast<T*>(params.out.data) + place.row * params.out.stride_n + place.head * params.out.stride_h +
-                 place.first_col;
-  write_outputs<Part>(out, 0, params.scale, place.cols, 1, sums);
+  const MutableRows out = {params.out.data, params.out.stride_n, params.out.stride_h, 0};
+  write_outputs<Part>(out, params.scale, place, 0, 1, sums);
 }
 
 }  // namespace la2::simt

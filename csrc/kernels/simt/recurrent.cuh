@@ -40,9 +40,20 @@ __device__ __forceinline__ int64_t slot_of_row(const RecurrentParams& params, in
 }
 
 // The tokens of this row that count.
-__device__ __forceinline__ int tokens_of(const RecurrentParams& params, int64_t row) {
+__device__ __forceinline__ int tokens_of(const RecurrentParams& params, const Place& place) {
   if (params.num_accepted.data == nullptr) return static_cast<int>(params.tokens);
-  return static_cast<int>(clamped_index(params.num_accepted, row, params.tokens));
+  return static_cast<int>(clamped_index(params.num_accepted, place.row, params.tokens));
+}
+
+template <class T>
+__device__ __forceinline__ const T* row_of(const Rows& rows, const Place& place, int64_t token) {
+  return static_cast<const T*>(rows.data) + place.row * rows.stride_b + place.head * rows.stride_h +
+         token * rows.stride_n;
+}
+template <class T>
+__device__ __forceinline__ T* out_row(const MutableRows& out, const Place& place, int64_t token) {
+  return static_cast<T*>(out.data) + place.row * out.stride_b + place.head * out.stride_h + token * out.stride_n +
+         place.first_col;
 }
 
 template <class Acc>
@@ -56,32 +67,29 @@ __device__ __forceinline__ void leave_decay(Acc* sDecay, Acc slope) {
   if (threadIdx.x == 0) *sDecay = static_cast<Acc>(decay_power<Acc>(slope, 1));
 }
 
-// Padding: zeros where outputs are wanted. first: of the block's, in elements of out.
+// Padding: zeros where outputs are wanted.
 template <class T>
-__device__ __forceinline__ void zero_outputs(const RecurrentParams& params, int64_t first, int cols) {
+__device__ __forceinline__ void zero_outputs(const RecurrentParams& params, const Place& place) {
   if (params.out.data == nullptr) return;
-  T* const out = static_cast<T*>(params.out.data) + first;
-  for (int i = threadIdx.x; i < cols * static_cast<int>(params.tokens); i += blockDim.x)
-    out[i / cols * params.out.stride_n + i % cols] = T(0.0f);
+  for (int i = threadIdx.x; i < place.cols * static_cast<int>(params.tokens); i += blockDim.x)
+    out_row<T>(params.out, place, i / place.cols)[i % place.cols] = T(0.0f);
 }
 
-// Adds up what the threads left in `sums` [tokens, kParts, kSlice]. A barrier must come first. out: the block's first
-// column of the first of these tokens, rows stride_n apart.
+// Adds up what the threads left in `sums` [tokens, kParts, kSlice]. A barrier must come first.
 template <class Part>
-__device__ __forceinline__ void write_outputs(typename Part::T* out, int64_t stride_n, double scale, int cols,
+__device__ __forceinline__ void write_outputs(const MutableRows& out, double scale, const Place& place, int first,
                                               int tokens, const typename Part::Acc* sums) {
   using Acc = typename Part::Acc;
-#pragma unroll 1
   for (int i = threadIdx.x; i < tokens * Part::kSlice; i += Part::kThreads) {
     const int t = i / Part::kSlice, e = i % Part::kSlice;
-    if (e >= cols) continue;
+    if (e >= place.cols) continue;
     const Acc sum = sum_tree<Part::kParts, Part::kSlice>(sums + t * Part::kParts * Part::kSlice + e);
-    from_acc(out[t * stride_n + e], static_cast<Acc>(scale) * sum);
+    from_acc(out_row<typename Part::T>(out, place, first + t)[e], static_cast<Acc>(scale) * sum);
   }
 }
 
-// Where a block's operands lie, in elements: what can be computed while the kernel before is still at work. With few
-// rows it is an eighth of what this kernel takes.
+// Where a block's operands lie, in elements: what can be computed while the kernel before is still at work. With one
+// row it is a tenth of what decode takes.
 struct Offsets {
   int64_t index, slope, q, k, v, out, state;  // state: in any slot
 
@@ -96,15 +104,6 @@ struct Offsets {
 
   // Never. Asked before the wait for the kernel before: else ptxas has all of this behind it, but not across a branch.
   __device__ __forceinline__ bool is_wrong() const { return (index | slope | q | k | v | out | state) < 0; }
-
-  template <class T>
-  __device__ __forceinline__ static const T* in(const Rows& rows, int64_t offset) {
-    return static_cast<const T*>(rows.data) + offset;
-  }
-  template <class Acc>
-  __device__ __forceinline__ Acc slope_of(const Slopes& s) const {
-    return s.data == nullptr ? Acc(0) : static_cast<const Acc*>(s.data)[slope];
-  }
 };
 
 template <class Part>
@@ -122,10 +121,11 @@ __global__ void __launch_bounds__(Part::kThreads, Part::kMinBlocks)
   if (at.is_wrong()) return;
   ptx::wait_for_previous_kernel();
   const int64_t slot = slot_of_row(params, at.index);
-  const Acc slope = at.slope_of<Acc>(params.slope);
+  const Acc slope = params.slope.data == nullptr ? Acc(0) : static_cast<const Acc*>(params.slope.data)[at.slope];
   typename Part::Token token;  // first: it does not wait for the slot's number
-  token.load(part, has_out ? at.in<T>(params.q, at.q) : nullptr, at.in<T>(params.k, at.k), at.in<T>(params.v, at.v));
-  if (slot < 0 || slot >= params.slots) return zero_outputs<T>(params, at.out, place.cols);
+  token.load(part, has_out ? static_cast<const T*>(params.q.data) + at.q : nullptr,
+             static_cast<const T*>(params.k.data) + at.k, static_cast<const T*>(params.v.data) + at.v);
+  if (slot < 0 || slot >= params.slots) return zero_outputs<T>(params, place);
   const StateView<typename Part::P> state(params.state, at.state + slot * params.state.stride_s);
   part.load(state);
   // With the loads on their way: earlier, the next kernel's start gets in between (one sequence: 0.1 us).
@@ -139,7 +139,11 @@ __global__ void __launch_bounds__(Part::kThreads, Part::kMinBlocks)
   if (!has_out) return;
   part.leave(sum, sums);
   __syncthreads();
-  write_outputs<Part>(static_cast<T*>(params.out.data) + at.out, 0, params.scale, place.cols, 1, sums);
+  const int e = static_cast<int>(threadIdx.x);
+  static_assert(Part::kSlice <= Part::kThreads);
+  if (e >= Part::kSlice || e >= place.cols) return;
+  const Acc out = static_cast<Acc>(params.scale) * sum_tree<Part::kParts, Part::kSlice>(sums + e);
+  from_acc(static_cast<T*>(params.out.data)[at.out + e], out);
 }
 
 extern __shared__ __align__(16) unsigned char token_memory[];
@@ -155,11 +159,11 @@ struct TokenRows {
   __device__ __forceinline__ const T* v(int t) const { return k(t) + Part::kMaxDimK; }
 
   // Copies are under way afterwards: ptx::cp_async_wait_all and a barrier must follow.
-  __device__ __forceinline__ void fetch(const RecurrentParams& params, const Offsets& at, int cols, int count) {
+  __device__ __forceinline__ void fetch(const RecurrentParams& params, const Place& place, int count) {
     const int dim_k = static_cast<int>(params.dim_k);
-    if (params.out.data != nullptr) copy(0, at.in<T>(params.q, at.q), params.q.stride_n, dim_k, count);
-    copy(Part::kMaxDimK, at.in<T>(params.k, at.k), params.k.stride_n, dim_k, count);
-    copy(2 * Part::kMaxDimK, at.in<T>(params.v, at.v), params.v.stride_n, cols, count);
+    if (params.out.data != nullptr) copy(0, row_of<T>(params.q, place, 0), params.q.stride_n, dim_k, count);
+    copy(Part::kMaxDimK, row_of<T>(params.k, place, 0), params.k.stride_n, dim_k, count);
+    copy(2 * Part::kMaxDimK, row_of<T>(params.v, place, 0) + place.first_col, params.v.stride_n, place.cols, count);
   }
 
   T* all;
@@ -190,24 +194,22 @@ __global__ void __launch_bounds__(Part::kThreads, Part::kMinBlocks)
   __shared__ Acc sDecay;
   TokenRows<Part> rows{reinterpret_cast<T*>(token_memory)};
 
-  const Place place = find_place<Part>(params);
-  const Offsets at(params, place);
-  const bool has_out = params.out.data != nullptr;
-  Part part(params.dim_k, place.cols);
-  if (at.is_wrong()) return;
+  Place place = find_place<Part>(params);
   ptx::wait_for_previous_kernel();
   ptx::launch_dependents();
-  const int64_t slot = slot_of_row(params, at.index);
-  const int count = tokens_of(params, at.index);
-  rows.fetch(params, at, place.cols, count);
-  const Acc slope = at.slope_of<Acc>(params.slope);
-  const bool is_live = slot >= 0 && slot < params.slots;
-  const StateView<typename Part::P> state(params.state, at.state + (is_live ? slot : 0) * params.state.stride_s);
+  place.slot = slot_of_row(params, place.row);
+  const int count = tokens_of(params, place);
+  const bool has_out = params.out.data != nullptr;
+  rows.fetch(params, place, count);
+  const Acc slope = slope_of_place<Acc>(params.slope, place);
+  Part part(params.dim_k, place.cols);
+  const bool is_live = place.slot >= 0 && place.slot < params.slots;
+  const StateView<typename Part::P> state(params.state, place, is_live ? place.slot : 0);
   if (is_live && count > 0) part.load(state);
   leave_decay(&sDecay, slope);
   ptx::cp_async_wait_all();
   __syncthreads();
-  if (!is_live) return zero_outputs<T>(params, at.out, place.cols);
+  if (!is_live) return zero_outputs<T>(params, place);
   if (count == 0) return;
 
   const Acc decay = sDecay;
@@ -221,9 +223,7 @@ __global__ void __launch_bounds__(Part::kThreads, Part::kMinBlocks)
     }
     if (!has_out) continue;
     __syncthreads();
-    const int64_t stride_n = params.out.stride_n;
-    write_outputs<Part>(static_cast<T*>(params.out.data) + at.out + first * stride_n, stride_n, params.scale,
-                        place.cols, tokens, sums);
+    write_outputs<Part>(params.out, params.scale, place, first, tokens, sums);
     __syncthreads();
   }
   if (params.writes_state) part.store(state);
