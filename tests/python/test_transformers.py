@@ -313,3 +313,24 @@ def test_refusals():
         assert get_patch_mapping() == {"MiniMaxLightningAttention": Other}
     finally:
         transformers.monkey_patching.clear_patch_mapping()
+
+
+def test_slopes_of_layers_compiled_before_they_run():
+    """Are in their graphs, each layer's own, and are not made in every call."""
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append({str(node.target) for node in graph.graph.nodes if node.op.startswith("call")})
+        return graph
+
+    x = torch.randn(1, 5, 64, generator=torch.Generator().manual_seed(0))
+    torch.compiler.reset()
+    for layer_idx in range(3):
+        torch.manual_seed(layer_idx)
+        layer = MiniMaxLightningAttention(config(), layer_idx).requires_grad_(False)
+        integration.patch(layer)
+        found = torch.compile(copy.deepcopy(layer), backend=keep, fullgraph=True)(x, None, None, None)
+        for got, want in zip(found, layer(x, None, None, None), strict=True):
+            torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
+    assert len(graphs) == 3
+    assert not [name for graph in graphs for name in graph if "method tensor" in name or "slopes" in name]

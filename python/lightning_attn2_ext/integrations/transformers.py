@@ -39,6 +39,12 @@ _SLOPES = ("hf_minimax", "minimax", "buffer")
 _SILU = (nn.SiLU, type(ACT2FN["silu"]))  # the types; what is derived from them may be something else
 
 
+@torch.compiler.assume_constant_result
+def _slopes(kind: str, heads: int, layer_idx: int, layers: int, device: torch.device) -> Tensor:
+    """Of a layer that is compiled before it has run, part of its graph: traced, they would be made in every call."""
+    return slopes.slopes(kind, heads, layer_idx, layers).to(device)
+
+
 class _Cache(MiniMaxCache):
     """The cache that the model made, whose states move with the beams, and which knows how long it is when its first
     layer keeps a state rather than keys: the positions and masks of the next tokens are made from that."""
@@ -74,8 +80,10 @@ class LightningMiniMaxAttention(MiniMaxLightningAttention):
             return self.slope_rate.detach().flatten().to(dtype)
         known = self.__dict__.get("_la2_slope")
         if known is None or known[0] != (self.slopes, device):
-            values = slopes.slopes(self.slopes, self.num_attention_heads, self.layer_idx, self.num_hidden_layers)
-            known = (self.slopes, device), values.to(device)
+            values = _slopes(self.slopes, self.num_attention_heads, self.layer_idx, self.num_hidden_layers, device)
+            if torch.compiler.is_compiling():
+                return values.to(dtype)
+            known = (self.slopes, device), values
             self.__dict__["_la2_slope"] = known
         return known[1].to(dtype)
 
