@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 # Folders with tests marked gpu, and the files with those marked sanitize: the rest needs not even be importable here.
 SUITE = ("tests/ops", "tests/triton_ref")
-SANITIZED = ("tests/ops/test_cuda_tiny.py", "tests/ops/test_extend.py")
+SANITIZED = ("tests/ops/test_cuda_tiny.py", "tests/ops/test_extend_cuda.py")
 ABUSE = "tests/abuse"
 
 

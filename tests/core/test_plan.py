@@ -317,7 +317,8 @@ def test_the_device_may_leave_an_extend_whole(core):
     assert plan("segments=8").lanes == plan("segments=1").lanes == free.lanes
     assert plan(heads=64).lanes == 2 and not plan(heads=64).cuts_if_it_gains
     assert plan(heads=256).lanes == plan("family=sm80").lanes == plan(is_extend=False).lanes == 0
-    # tests/ops/test_extend.py relies on it: 2,000 tokens are more than a segment, less than a lane has; 8,192 are more.
+    # tests/ops/test_extend_cuda.py relies on it: 2,000 tokens are more than a segment and less than a lane has; 8,192
+    # are more.
     for tokens, longest, gains in ((5 * 2000 + 15 * 425, 2000, False), (8192 + 19 * 431, 8192, True)):
         one = plan(length=tokens)
         of_lane = (tokens + 20 * one.item_tokens) // one.lanes

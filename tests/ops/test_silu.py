@@ -8,11 +8,11 @@ import torch
 from torch.nn import functional as F
 
 import lightning_attn2_ext  # noqa: F401 - defines torch.ops.la2
-from tests.ops.test_extend import Problem as Requests
 from tests.ops.test_recurrent import Problem as Rows
 from tests.support.cases import Case
 from tests.support.gpu import BF16, FP16, FP32, FP64, HALVES, assert_equal, needs_hopper, plan_id
 from tests.support.pools import bits
+from tests.support.requests import Problem as Requests
 from tests.support.tolerance import check_forward
 
 la2 = torch.ops.la2

@@ -8,8 +8,8 @@ namespace la2::simt {
 
 // float32 states in few slices of 64 columns are taken in slices of 32, which spread them over more SMs; many are not.
 // One H200, H = 64, D = 128, us, slices of 32 and 64. One token: 1 row 2.6 and 2.8, 8 rows 12.4 and 12.6, 16 36.5 and
-// 35.4, 256 544 and 517. Several, of which a thread of a larger slice has more to do: 8 by 16 rows of D (137 us with 64
-// rows and 8 tokens) and not 8 (162).
+// 35.4, 256 544 and 517. Where tokens are several the larger slice has 16 rows of D to a thread (64 rows and 8 tokens
+// to verify: 150 us) and not 8 (162).
 constexpr int64_t many_slices(bool is_one_token) { return is_one_token ? 2048 : 1024; }
 
 // A type to be handed over by value.
