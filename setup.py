@@ -1,7 +1,8 @@
 """Builds the package, in two roles.
 
 As a script (setuptools runs it as ``__main__``) it has CMake build the op libraries and setuptools pack
-them. They hold no CPython ABI, so the wheel is tagged ``py3-none-<platform>``.
+them. They hold no CPython ABI, so the wheel is tagged ``py3-none-<platform>``. (One module, which is not
+needed, is of CPython's stable ABI, for 3.10 and later.)
 
 As the module ``setup`` it is the PEP 517 backend named in pyproject.toml: setuptools' own, except that it
 asks for build requirements by what the machine lacks. Naming a bare ``torch`` there would have every
@@ -190,7 +191,7 @@ class BuildLibraries(build_ext):
         # One folder per generator, which CMake cannot change, and kept, so that the next build is short.
         build = ROOT / "build" / f"{kind.lower()}-{'ninja' if ninja else 'make'}"
         configure = [cmake, "-S", str(ROOT), "-B", str(build), f"-DLA2_TORCH_DIR={torch}", f"-DLA2_CUDA={cuda}"]
-        configure.append(f"-DCMAKE_BUILD_TYPE={kind}")
+        configure += [f"-DCMAKE_BUILD_TYPE={kind}", f"-DPython_EXECUTABLE={sys.executable}"]
         if ninja:
             configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
         if nvcc and cuda != "OFF":

@@ -2,6 +2,8 @@
 #include "../kernels/cpu/kernels.h"
 #include "arguments.h"
 #include "check_values.h"
+#include "direct.h"
+#include "export.h"
 #include "recurrent_ops.h"
 
 namespace la2::ops {
@@ -123,7 +125,7 @@ void run_recurrent(const char* op, Recurrent& args, const Tensor* out, bool has_
   RecurrentParams& p = args.params;
   if (args.state_indices) check_slots(op, "state_indices", *args.state_indices, p.slots, false);
   if (values_are_checked()) check_values(op, args);
-  if (p.writes_state) bump_version(args.state);
+  if (p.writes_state) bump_version(op, args.state);
   take_silu(args);
   if (out) p.out = recurrent_out(*out, has_tokens);
   check_memory(op, cpu::kernels().recurrent(p, torch_threads()));
@@ -142,13 +144,27 @@ Tensor extend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& s
   if (values_are_checked() && args.attention.slope) check_slopes(args.attention.op, *args.attention.slope);
   Tensor out = empty_contiguous(q, {p.tokens, p.heads, p.dim_v}, q.scalar_type());
   p.out = {out.mutable_data_ptr(), 0, out.stride(1), out.stride(0)};
-  bump_version(args.state);
+  bump_version(args.attention.op, args.state);
   take_silu(args);
   check_memory(args.attention.op, cpu::kernels().extend(p, torch_threads()));
   return out;
 }
 
 }  // namespace
+
+// See direct.h.
+LA2_EXPORT bool la2_decode_is_plain_cpu(const RecurrentParams* params, size_t bytes, int32_t) {
+  const RecurrentParams& p = *params;
+  if (bytes != sizeof(p) || values_are_checked() || p.silu != 0) return false;
+  const auto* slots32 = static_cast<const int32_t*>(p.state_indices);
+  const auto* slots64 = static_cast<const int64_t*>(p.state_indices);
+  for (int64_t i = 0; slots32 != nullptr && i < p.rows; ++i)
+    if ((p.indices_are_int64 ? slots64[i] : slots32[i]) >= p.slots) return false;
+  return true;
+}
+LA2_EXPORT bool la2_decode_direct_cpu(const RecurrentParams* params, int32_t, void*) {
+  return cpu::kernels().recurrent(*params, torch_threads());
+}
 
 STABLE_TORCH_LIBRARY_IMPL(la2, CPU, m) {
   m.impl("forward", TORCH_BOX(&forward));

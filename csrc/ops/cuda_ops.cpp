@@ -12,6 +12,8 @@
 #include "../kernels/sm90/launch.h"
 #include "arguments.h"
 #include "check_values.h"
+#include "direct.h"
+#include "export.h"
 #include "recurrent_ops.h"
 
 // torch/csrc/inductor/aoti_torch/c/shim.h hides it where torch was built without CUDA.
@@ -26,6 +28,26 @@ void check_cuda(const char* op, const char* what, cudaError_t error) {
   if (error != cudaSuccess)
     fail(op, ": ", what, " failed: ", cudaGetErrorString(error), " (", cudaGetErrorName(error), ")");
 }
+
+// Asked for once a thread: six calls of the driver would be a good part of a decode step.
+const DeviceProps& props_of(int device) {
+  thread_local int known = -1;
+  thread_local DeviceProps props;
+  if (known == device) return props;
+  auto attribute = [&](cudaDeviceAttr which) {
+    int value = 0;
+    cudaDeviceGetAttribute(&value, which, device);
+    return value;
+  };
+  props.compute_capability =
+      10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
+  props.num_sms = attribute(cudaDevAttrMultiProcessorCount);
+  props.shared_per_block = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  props.shared_per_sm = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+  known = device;
+  return props;
+}
+bool orders_kernels(const DeviceProps& props) { return props.compute_capability >= 90; }  // ptx/launch_order.cuh
 
 // Makes the tensor's device current for torch and for this library's own CUDA runtime, and takes torch's stream.
 class Device {
@@ -49,25 +71,8 @@ class Device {
     return cudaStreamIsCapturing(stream_, &status) == cudaSuccess && status == cudaStreamCaptureStatusNone;
   }
 
-  // Asked for once a thread: six calls of the driver would be a good part of a decode step.
-  const DeviceProps& props() const {
-    thread_local int index = -1;
-    thread_local DeviceProps props;
-    if (index == index_) return props;
-    auto attribute = [&](cudaDeviceAttr which) {
-      int value = 0;
-      cudaDeviceGetAttribute(&value, which, index_);
-      return value;
-    };
-    props.compute_capability =
-        10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
-    props.num_sms = attribute(cudaDevAttrMultiProcessorCount);
-    props.shared_per_block = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-    props.shared_per_sm = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
-    index = index_;
-    return props;
-  }
-  bool orders_kernels() const { return props().compute_capability >= 90; }  // ptx/launch_order.cuh
+  const DeviceProps& props() const { return props_of(index_); }
+  bool orders_kernels() const { return ops::orders_kernels(props()); }
 
  private:
   std::optional<torch::stable::accelerator::DeviceGuard> guard_;
@@ -433,7 +438,7 @@ void run_recurrent(const char* op, Recurrent& args, const Tensor* out, bool has_
   if (out) p.out = recurrent_out(*out, has_tokens);
   const Device device(op, args.k);
   if (device.values_are_checked()) check_values(op, args);
-  if (p.writes_state) bump_version(args.state);
+  if (p.writes_state) bump_version(op, args.state);
   check_cuda(op, "launching the kernel", simt::launch_recurrent(p, device.orders_kernels(), device.stream()));
 }
 
@@ -516,7 +521,7 @@ Tensor extend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& s
 
   const Device device(op, q);
   if (device.values_are_checked()) check_numbers(p, attention.slope, device.stream());
-  bump_version(args.state);
+  bump_version(args.attention.op, args.state);
   // The trilinear kernels get the requests of two tokens or more. Many of a batch are decode rows: for the plan the
   // tokens are those of a few longer ones.
   constexpr int64_t kLikelyTokens = 512;
@@ -606,6 +611,18 @@ Tensor extend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& s
 }
 
 }  // namespace
+
+// See direct.h.
+LA2_EXPORT bool la2_decode_is_plain_cuda(const RecurrentParams* params, size_t bytes, int32_t device) {
+  int32_t current = -1;
+  if (bytes != sizeof(*params) || values_are_checked()) return false;
+  return aoti_torch_get_current_device_index(&current) == 0 && current == device;
+}
+LA2_EXPORT bool la2_decode_direct_cuda(const RecurrentParams* params, int32_t device, void* stream) {
+  if (cudaSetDevice(device) != cudaSuccess) return false;
+  const bool overlaps = orders_kernels(props_of(device));
+  return simt::launch_recurrent(*params, overlaps, static_cast<cudaStream_t>(stream)) == cudaSuccess;
+}
 
 STABLE_TORCH_LIBRARY_IMPL(la2, CUDA, m) {
   m.impl("forward", TORCH_BOX(&forward));

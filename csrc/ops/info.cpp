@@ -5,10 +5,10 @@
 
 #include "../core/plan.h"
 #include "../kernels/cpu/kernels.h"
+#include "export.h"
 
 #define LA2_TEXT_(x) #x
 #define LA2_TEXT(x) LA2_TEXT_(x)
-#define LA2_EXPORT extern "C" __attribute__((visibility("default")))
 
 // One line of JSON.
 LA2_EXPORT const char* la2_build_info() {

@@ -79,15 +79,18 @@ inline void silu_out(const Tensor& t, const Tensor& out) {
   torch::stable::detail::to<Tensor>(stack[0]);  // frees the handle
 }
 
-// Tells autograd that t changes: a graph that has saved it may then not run backward. The stable ABI has no call for
-// that, so the version counter of an operator that changes nothing is used, the exchange of a dimension with itself
+// Tells autograd that a state changes: a graph that has saved it may then not run backward. The stable ABI has no call
+// for that, so the version counter of an operator that changes nothing is used, the exchange of a dimension with itself
 // (0.4 us; a kernel for ADInplaceOrView would have to be written in Python and cost ten times that). Not below a guard
 // that leaves ADInplaceOrView out.
-inline void bump_version(const Tensor& t) {
+inline void bump_version(const char* op, const Tensor& state) {
   using torch::stable::detail::from;
-  const int64_t last = t.dim() - 1;
-  StableIValue stack[] = {from(t), from(last), from(last)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::transpose_", "", stack, TORCH_ABI_VERSION));
+  const int64_t last = state.dim() - 1;
+  StableIValue stack[] = {from(state), from(last), from(last)};
+  if (torch_call_dispatcher("aten::transpose_", "", stack, TORCH_ABI_VERSION) != TORCH_SUCCESS)
+    fail(op,
+         ": state cannot be updated in place, expected a tensor that can (one that was made under "
+         "torch.inference_mode() can there alone)");
   torch::stable::detail::to<Tensor>(stack[0]);  // frees the handle
 }
 

@@ -5,13 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _ops  # noqa: F401  (registers autograd and the fake kernels)
+from . import (
+    _direct,
+    _ops,  # noqa: F401  (registers autograd and the fake kernels)
+)
 
 __all__ = ["commit", "extend", "lightning_attention", "lightning_attention_decode", "verify"]
 
 
 def _silu_bits(function: str, activated: str) -> int:
     """As the operators want them."""
+    if not activated:
+        return 0
     if activated.strip("qkv"):
         raise ValueError(f"{function}: activated is {activated!r}, expected letters of 'qkv'")
     return ("q" in activated) + 2 * ("k" in activated) + 4 * ("v" in activated)
@@ -96,6 +101,10 @@ def lightning_attention_decode(
 ) -> Tensor:
     """One token for each row, against a pool of states that is updated in place.
 
+    `torch.ops.la2.decode`, but for the time of the host: an eager call on plain tensors that no mode, transform,
+    autocast, profiler or gradient has a part in does not pass torch's dispatcher. LA2_DIRECT=0 in the environment has
+    every call pass it.
+
     Args:
         q, k: `[rows, H, D]`; v: `[rows, H, E]`; dtypes and head dims as for `lightning_attention`.
         state: `[slots, H, D, E]`, float32 or bfloat16 (float64 for float64 inputs), any strides; updated in place,
@@ -114,6 +123,10 @@ def lightning_attention_decode(
         ValueError: on other letters in activated.
     """
     silu = _silu_bits("lightning_attention_decode", activated)
+    if _direct.decode is not None and not torch.compiler.is_compiling():
+        out = _direct.decode(q, k, v, state, slope, state_indices, scale, silu)
+        if out is not None:
+            return out
     return torch.ops.la2.decode(q, k, v, state, slope, state_indices=state_indices, scale=scale, silu=silu)
 
 

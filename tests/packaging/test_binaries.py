@@ -1,5 +1,6 @@
 """What the op libraries promise as binaries: they need libtorch's C shims and the C and C++ runtimes, nothing
-else, and they export their C interface only. That is why one build serves every Python and torch."""
+else, and they export their C interface only. That is why one build serves every Python and torch. The module for calls
+past the dispatcher needs CPython's stable ABI besides, and no torch."""
 
 import os
 import re
@@ -13,7 +14,9 @@ import torch
 import lightning_attn2_ext
 
 ROOT = Path(__file__).resolve().parents[2]
-LIBRARIES = sorted(Path(lightning_attn2_ext.__file__).parent.glob("*.so"))
+PACKAGE = Path(lightning_attn2_ext.__file__).parent
+LIBRARIES = sorted(PACKAGE.glob("lib*.so"))
+MODULE = PACKAGE / "_direct_calls.abi3.so"
 RUNTIMES = re.compile(r"lib(stdc\+\+|m|gcc_s|c|pthread|dl|rt)\.so\.\d+|ld-linux-[\w-]+\.so\.\d+")
 SHIM = re.compile(r"(aoti_)?torch_\w+")
 
@@ -37,9 +40,9 @@ def dynamic_section(library: Path) -> list[tuple[str, str]]:
 
 
 def test_libraries_are_where_the_package_is():
-    names = {path.name for path in LIBRARIES}
+    names = {path.name for path in PACKAGE.glob("*.so")}
     assert "liblightning_attn2.so" in names
-    assert names <= {"liblightning_attn2.so", "liblightning_attn2_cuda.so"}
+    assert names <= {"liblightning_attn2.so", "liblightning_attn2_cuda.so", MODULE.name}
 
 
 @each_library
@@ -67,6 +70,16 @@ def test_needs_torch_and_the_runtimes_alone(library):
     # above all no libcudart, libcuda or libpython
     assert {name for name in needed - torch_libraries if not RUNTIMES.fullmatch(name)} == set()
     assert [value for tag, value in section if tag in ("RPATH", "RUNPATH")] == []
+
+
+@pytest.mark.skipif(not MODULE.is_file(), reason="built without Python's headers")
+def test_the_module_needs_python_alone():
+    """What is not in the stable ABI of CPython 3.10 is not even declared where it is compiled (Py_LIMITED_API)."""
+    assert {name for name in undefined(MODULE) if not re.fullmatch(r"_?Py\w+", name)} == set()
+    lines = run("nm", "-D", "--defined-only", MODULE).splitlines()
+    assert [line.split()[-1] for line in lines] == ["PyInit__direct_calls"]
+    needed = {value[value.index("[") + 1 : -1] for tag, value in dynamic_section(MODULE) if tag == "NEEDED"}
+    assert {name for name in needed if not RUNTIMES.fullmatch(name)} == set()
 
 
 @each_library

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from .. import slopes, testing
 from ..demo import progress
+from ..functional import lightning_attention_decode
 from . import entries, gate, machine, plots, report, timing
 
 BATCHES = {"cuda": (1, 8, 64, 256), "cpu": (1, 4, 16)}
@@ -243,11 +244,19 @@ def measure(names, batches, contexts, heads, dim, dtype, clock, bytes_per_s, rep
     return rows
 
 
-def host_time(heads, dim, dtype, device) -> float:
+def host_times(heads, dim, dtype, device) -> dict[str, float]:
+    """Microseconds of the host for an eager step of one sequence, by the function and by the operator."""
     q, k, v, state = step_inputs(1, heads, dim, dtype, device)
     step = _Steps(state, slopes.minimax(heads, 0, 80).to(device))
-    with torch.inference_mode():
-        return timing.host_microseconds(lambda: step.la2(q, k, v), device)
+    calls = {
+        "eager_host_us": lambda: lightning_attention_decode(q, k, v, step.state, step.slope, state_indices=step.slots),
+        "eager_host_us_operator": lambda: step.la2(q, k, v),
+    }
+    times = {}
+    for name, mode in (("", torch.inference_mode), ("_no_grad", torch.no_grad)):
+        with mode():
+            times |= {key + name: timing.host_microseconds(call, device) for key, call in calls.items()}
+    return times
 
 
 def table(rows: list[dict]) -> str:
@@ -320,8 +329,10 @@ def main(argv: list[str] | None = None) -> int:
     rows = measure(names, batches, contexts, heads, dim, dtype, clock, bytes_per_s, repeats)
     print("\n" + table(rows))
     if arguments.graph:
-        facts["eager_host_us"] = host_time(heads, dim, dtype, device)
-        print(f"one eager step of one sequence under inference_mode, on the host: {facts['eager_host_us']:.1f} us")
+        facts |= host_times(heads, dim, dtype, device)
+        ways = ("", "_operator", "_no_grad", "_operator_no_grad")
+        shown = ", ".join(f"{facts[f'eager_host_us{way}']:.1f}" for way in ways)
+        print(f"eager, one sequence, us of the host: {shown} (function, operator; the same under no_grad)")
     if arguments.json:
         report.write_json(arguments.json, "decode", facts, rows)
     if arguments.plots:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import slopes
+from ..functional import lightning_attention_decode
 
 _STEP, _LARGEST = 8, 256
 
@@ -113,9 +114,9 @@ def decode_in_pool(
     """`la2::decode` against a pool of any floating dtype; the arithmetic is the operator's, in float32."""
     dtype = accumulation(q)
     if pool.dtype == dtype:
-        return torch.ops.la2.decode(q, k, v, pool, slope, state_indices=slots, scale=scale)
+        return lightning_attention_decode(q, k, v, pool, slope, state_indices=slots, scale=scale)
     states = read_pool(pool, slots, dtype)
     rows = torch.where(slots >= 0, torch.arange(slots.shape[0], device=slots.device), -1)
-    out = torch.ops.la2.decode(q, k, v, states, slope, state_indices=rows, scale=scale)
+    out = lightning_attention_decode(q, k, v, states, slope, state_indices=rows, scale=scale)
     write_pool(pool, slots, states)
     return out

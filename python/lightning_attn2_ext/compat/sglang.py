@@ -15,6 +15,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from ..functional import lightning_attention_decode
 from ._common import accumulation, decode_in_pool, per_head, read_pool, refuse, write_pool
 
 __all__ = ["SegLaMeta", "seg_la_fwd"]
@@ -141,8 +142,7 @@ def _verify(q, k, v, s, slope, scale, meta, caches, cache_indices) -> Tensor:
     q, k, v = (t.unflatten(0, (batch, -1)) for t in (q, k, v))
     outs = []
     for step in range(q.shape[1]):
-        outs.append(
-            torch.ops.la2.decode(q[:, step], k[:, step], v[:, step], states, slope, state_indices=rows, scale=scale)
-        )
+        token = (t[:, step] for t in (q, k, v))
+        outs.append(lightning_attention_decode(*token, states, slope, state_indices=rows, scale=scale))
         write_pool(caches[:, step], entries, states)
     return torch.stack(outs, 1).flatten(0, 1)

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from .. import slopes
 from .._ops import _accumulation_dtype
+from ..functional import lightning_attention_decode
 
 if TYPE_CHECKING:
     from ..serving import StatePool
@@ -110,7 +111,7 @@ class Mixer(nn.Module):
         """One token a row, ``x [B, 1, width]``; the state ``[B, H, D, D]`` is updated in place, or that of each row's
         slot in a pool ``[slots, H, D, D]``."""
         q, k, v = (t.squeeze(2) for t in self.project(x))
-        return self.finish(x, torch.ops.la2.decode(q, k, v, state, self.slope, state_indices=slots).unsqueeze(2))
+        return self.finish(x, lightning_attention_decode(q, k, v, state, self.slope, state_indices=slots).unsqueeze(2))
 
     def extend(self, x: Tensor, state: Tensor, slots: Tensor, cu_seqlens: Tensor) -> Tensor:
         """The tokens of several requests one behind the other, ``x [1, N, width]``, on from the states of their
