@@ -67,6 +67,7 @@ struct View : DLTensor {
   bool has_type(uint8_t code, uint8_t bits) const {
     return dtype.code == code && dtype.bits == bits && dtype.lanes == 1;
   }
+  bool is_contiguous() const { return strides[2] == 1 && strides[1] == shape[2] && strides[0] == shape[1] * shape[2]; }
   bool is_like(const View& t) const {
     return device.device_type == t.device.device_type && device.device_id == t.device.device_id;
   }
@@ -95,6 +96,7 @@ bool is_head_dim(int64_t dim) { return dim > 0 && dim % 8 == 0 && dim <= 256; }
 struct Decode {
   PyObject *q, *k, *v, *state, *slope, *state_indices;
   View q_view;
+  bool v_is_contiguous;
   RecurrentParams params = {};
 
   // Whether the call is a plain one. The rules are those of csrc/ops/arguments.cpp.
@@ -113,6 +115,7 @@ struct Decode {
         return false;
     for (const View* t : {&q_view, &k_view, &v_view})
       if (!t->has_readable_rows()) return false;
+    v_is_contiguous = v_view.is_contiguous();
     p.q = q_view.rows(), p.k = k_view.rows(), p.v = v_view.rows();
     return fill_state(pool) && fill_slope() && fill_indices();
   }
@@ -173,7 +176,7 @@ bool is_free_of_gradients(const Decode& call) {
 // The result, or nullptr where the call is declined, with or without a Python error.
 PyObject* decode_or_decline(PyObject* const* args) {
   if (torch_api.dlpack == nullptr) return nullptr;
-  Decode call{args[0], args[1], args[2], args[3], args[4], args[5], {}, {}};
+  Decode call{args[0], args[1], args[2], args[3], args[4], args[5], {}, false, {}};
   const double scale = PyFloat_AsDouble(args[6]);
   const long silu = PyLong_AsLong(args[7]);
   if (PyErr_Occurred() || !call.fill(scale, silu)) return nullptr;
@@ -190,13 +193,14 @@ PyObject* decode_or_decline(PyObject* const* args) {
 
   const Owned like(PyTuple_Pack(1, call.v));
   if (!like) return nullptr;
-  Owned out(PyObject_Call(torch_api.empty_like, like.get(), torch_api.contiguous));
+  Owned out(PyObject_Call(torch_api.empty_like, like.get(), call.v_is_contiguous ? nullptr : torch_api.contiguous));
   View out_view;
   if (!out || !out_view.take(out.get(), 3)) return nullptr;
   call.params.out = {out_view.at_first(), out_view.strides[0], out_view.strides[1], 0};
   // A graph that has saved the state may not run backward afterwards.
-  const Owned told(PyObject_CallFunctionObjArgs(torch_api.increment_version, call.state, nullptr));
-  if (!told) return nullptr;
+  const Owned states(PyTuple_Pack(1, call.state));
+  if (!states || !Owned(PyObject_CallFunctionObjArgs(torch_api.increment_version, states.get(), nullptr)))
+    return nullptr;
 
   PyThreadState* const thread = PyEval_SaveThread();
   const bool is_done = library.decode(&call.params, device, stream);

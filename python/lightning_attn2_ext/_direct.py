@@ -50,7 +50,7 @@ def _set_up():
             torch.is_inference_mode_enabled,
             torch.is_grad_enabled,
             torch.Tensor.is_inference,
-            torch.autograd.graph.increment_version,
+            getattr(torch._C, "_increment_version", torch.autograd.graph.increment_version),  # below and above it
             torch.empty_like,
             {"memory_format": torch.contiguous_format},
             _functions("liblightning_attn2.so", "cpu"),

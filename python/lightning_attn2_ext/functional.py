@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from . import (
     _direct,
@@ -15,8 +16,6 @@ __all__ = ["commit", "extend", "lightning_attention", "lightning_attention_decod
 
 def _silu_bits(function: str, activated: str) -> int:
     """As the operators want them."""
-    if not activated:
-        return 0
     if activated.strip("qkv"):
         raise ValueError(f"{function}: activated is {activated!r}, expected letters of 'qkv'")
     return ("q" in activated) + 2 * ("k" in activated) + 4 * ("v" in activated)
@@ -122,8 +121,8 @@ def lightning_attention_decode(
         RuntimeError: on arguments that do not fit, or where a gradient is asked for.
         ValueError: on other letters in activated.
     """
-    silu = _silu_bits("lightning_attention_decode", activated)
-    if _direct.decode is not None and not torch.compiler.is_compiling():
+    silu = _silu_bits("lightning_attention_decode", activated) if activated else 0
+    if _direct.decode is not None and not is_dynamo_compiling():
         out = _direct.decode(q, k, v, state, slope, state_indices, scale, silu)
         if out is not None:
             return out
