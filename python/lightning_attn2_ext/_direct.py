@@ -36,9 +36,9 @@ def _functions(library: str, device: str) -> tuple[int, int]:
 
 
 def _set_up():
-    """The function, or None where this torch or this build has no such way."""
+    """The function and "available", or None and why this torch or this build has no such way."""
     if os.environ.get("LA2_DIRECT") == "0":
-        return None
+        return None, "switched off by LA2_DIRECT=0"
     try:
         from . import _direct_calls
 
@@ -56,9 +56,9 @@ def _set_up():
             _functions("liblightning_attn2.so", "cpu"),
             _functions("liblightning_attn2_cuda.so", "cuda") if has_cuda else (0, 0),
         )
-    except (ImportError, AttributeError, OSError):
-        return None
-    return _direct_calls.decode
+    except (ImportError, AttributeError, OSError) as error:
+        return None, f"not available: {error}"
+    return _direct_calls.decode, "available"
 
 
-decode = _set_up()
+decode, status = _set_up()

@@ -29,6 +29,13 @@ def cuda_status() -> str:
     return getattr(lightning_attn2_ext, "cuda_status", "unknown")
 
 
+def direct_status() -> str:
+    """Whether decode can go past torch's dispatcher, or why not."""
+    from . import _direct
+
+    return _direct.status
+
+
 def libraries() -> dict[str, pathlib.Path]:
     """The libraries of this package that torch has loaded, by file name."""
     paths = map(pathlib.Path, torch.ops.loaded_libraries)
@@ -127,6 +134,7 @@ def lines() -> list[tuple[str, str]]:
         ("build", "unknown" if build is None else ", ".join(f"{k} {v}" for k, v in build.items())),
         ("cpu library", str(loaded.get(_CPU_LIBRARY, "not loaded"))),
         ("cuda library", str(loaded[_CUDA_LIBRARY]) if _CUDA_LIBRARY in loaded else cuda_status()),
+        ("direct decode", direct_status()),
         ("python", f"{platform.python_version()}, {platform.platform()}"),
         ("torch", f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}"),
         ("triton", f"{_package('triton')} (not needed)"),

@@ -326,6 +326,18 @@ def test_subclasses_and_proxies(device):
     assert any("la2.decode" in str(node.target) for node in traced.graph.nodes)
 
 
+@pytest.mark.filterwarnings("ignore")  # of its deprecation
+def test_traced_graphs_hold_the_operator(device):
+    step = Step(device)
+
+    def decode(q):
+        return lightning_attention_decode(q, step.k, step.v, step.state, step.slope, state_indices=step.indices)
+
+    with torch.no_grad():
+        traced = torch.jit.trace(decode, (step.q,), check_trace=False)
+    assert "la2::decode" in str(traced.graph)
+
+
 def test_compiled_graphs_hold_the_operator(device):
     step, graphs = Step(device), []
 
@@ -349,10 +361,11 @@ def test_checked_values_are_the_operators(device, monkeypatch):
 
 
 def test_switch():
-    code = "from lightning_attn2_ext import _direct; raise SystemExit(_direct.decode is not None)"
-    for value, found in (("0", 0), ("1", 1)):
-        done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"LA2_DIRECT": value}, timeout=120)
-        assert done.returncode == found
+    code = "from lightning_attn2_ext import _direct; print(_direct.decode is None, _direct.status)"
+    for value, said in (("0", "True switched off by LA2_DIRECT=0"), ("1", "False available")):
+        run = [sys.executable, "-c", code]
+        done = subprocess.run(run, env=os.environ | {"LA2_DIRECT": value}, timeout=120, capture_output=True, text=True)
+        assert done.stdout.strip() == said
 
 
 # ---- on a GPU
