@@ -25,14 +25,14 @@ def gate_and_weight(x, seed=3):
     return gate.to(x.q.dtype), weight.to(x.q.dtype)
 
 
-def arguments(x, state):
+def arguments(x, state, slots=None):
     rows = (t[:, 0] for t in (x.q, x.k, x.v))
-    return (*rows, state), {"state_indices": x.index(x.slots), "scale": x.scale}
+    return (*rows, state), {"state_indices": x.index(x.slots) if slots is None else slots, "scale": x.scale}
 
 
-def call(x, state, gate, weight, **options):
-    rows, own = arguments(x, state)
-    return la2.decode_gated_norm(*rows, gate, weight, x.slope, **own, eps=EPS, **options)
+def call(x, state, gate, weight, slots=None, **options):
+    rows, own = arguments(x, state, slots)
+    return la2.decode_gated_norm(*rows, gate, weight, x.slope, **own | {"eps": EPS} | options)
 
 
 def decode(x, state, **options):
@@ -202,13 +202,14 @@ def test_what_was_made_just_before(dtype):
         rows = decode(x, want_state)
         want.append(normed(rows, gate * 2, weight + 1))
     other, scratch = torch.empty_like(gates[0]), torch.empty_like(weight)
+    slots = x.index(x.slots)
     results = torch.empty_like(gates)
 
     def steps(state):
         for i, gate in enumerate(gates):
             torch.add(weight, 1, out=scratch)
             torch.mul(gate, 2, out=other)
-            results[i] = call(x, state, other, scratch)
+            results[i] = call(x, state, other, scratch, slots)
             other.fill_(float("nan"))
             scratch.fill_(float("nan"))
 
