@@ -28,10 +28,15 @@ cudaError_t launch_kernel(const RecurrentParams& params, bool overlaps, cudaStre
     return cudaErrorInvalidConfiguration;
   const dim3 grid(static_cast<unsigned>(num_slices * params.heads * params.rows));
   if constexpr (kIsOneToken) {  // nothing of it in shared memory
-    constexpr int64_t kElement = sizeof(typename Part::P);
-    const unsigned ahead = overlaps ? blocks_ahead(params, kElement, Part::kSlice * params.dim_k * kElement) : 0;
-    return launch_overlapping(la2_recurrent_one_simt_kernel<Part>, grid, Part::kThreads, 0, overlaps, stream, params,
-                              ahead);
+    auto launch = [&](auto kernel, unsigned ahead) {
+      return launch_overlapping(kernel, grid, Part::kThreads, 0, overlaps, stream, params, ahead);
+    };
+    if constexpr (Part::kVector && sizeof(typename Part::T) <= 4) {
+      constexpr int64_t kElement = sizeof(typename Part::P);
+      const unsigned ahead = overlaps ? blocks_ahead(params, kElement, Part::kSlice * params.dim_k * kElement) : 0;
+      if (ahead != 0) return launch(la2_recurrent_one_simt_kernel<Part, true>, ahead);
+    }
+    return launch(la2_recurrent_one_simt_kernel<Part, false>, 0u);
   } else {
     constexpr size_t kTokenBytes = TokenRows<Part>::kElements * sizeof(typename Part::T);
     constexpr size_t kSumBytes = kTokensAtOnce * Part::kParts * Part::kSlice * sizeof(typename Part::Acc);

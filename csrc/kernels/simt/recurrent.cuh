@@ -122,8 +122,9 @@ __device__ __forceinline__ void prefetch_states(const RecurrentParams& params, u
   ptx::prefetch_into_l2(state + place.first_col * dim_k, static_cast<uint32_t>(place.cols * dim_k * sizeof(P)));
 }
 
-// ahead: how many blocks later the states are that a block asks for (above). 0: it asks for none.
-template <class Part>
+// kAsksAhead: a block asks for the states of the one that is `ahead` later (above). A kernel of its own: with that code
+// in it, though it be skipped, ptxas has the loads of the token wait for the slope.
+template <class Part, bool kAsksAhead>
 __global__ void __launch_bounds__(Part::kThreads, Part::kMinBlocks)
     la2_recurrent_one_simt_kernel(const __grid_constant__ RecurrentParams params, const unsigned ahead) {
   using T = typename Part::T;
@@ -145,8 +146,10 @@ __global__ void __launch_bounds__(Part::kThreads, Part::kMinBlocks)
   if (slot < 0 || slot >= params.slots) return zero_outputs<T>(params, place);
   const StateView<typename Part::P> state(params.state, at.state + slot * params.state.stride_s);
   part.load(state);
-  static_assert(Part::kThreads > 32);
-  if (ahead != 0 && threadIdx.x == 32) prefetch_states<Part>(params, blockIdx.x + ahead);
+  if constexpr (kAsksAhead) {
+    static_assert(Part::kThreads > 32);
+    if (threadIdx.x == 32) prefetch_states<Part>(params, blockIdx.x + ahead);
+  }
   // With the loads on their way: earlier, the next kernel's start gets in between (one sequence: 0.1 us).
   ptx::launch_dependents();
   leave_decay(&sDecay, slope);
