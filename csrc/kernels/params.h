@@ -121,6 +121,18 @@ struct RecurrentParams {
   int32_t silu;  // of one token: bits of Silu
 };
 
+// x = sigmoid(gate) x / sqrt(mean(x^2) + eps) weight, row by row, in place; float32 arithmetic (float64 for float64),
+// one rounding. Widths are multiples of 8; of 16-bit elements every row begins at a multiple of 16 bytes.
+struct GatedNormParams {
+  int64_t rows, width;
+  DType dtype;
+  void* x;           // [rows, width] contiguous
+  const void* gate;  // [rows, width]
+  int64_t gate_stride;
+  const void* weight;  // [width]
+  double eps;
+};
+
 // Packed new tokens of many requests against a pool of states. Request r is tokens [cu_seqlens[r], cu_seqlens[r + 1]),
 // from slot read_slots[r] (not given: r; zero where has_initial_state[r] is false) to write_slots[r] (not given:
 // read_slots[r]). A slot outside [0, slots) reads as zero and is not written; where both are, the request is padding

@@ -345,6 +345,29 @@ MutableRows recurrent_out(const Tensor& out, bool has_tokens) {
   return {out.mutable_data_ptr(), out.stride(0), out.stride(has_tokens ? 2 : 1), has_tokens ? out.stride(1) : 0};
 }
 
+GatedNorm check_gated_norm(const char* op, DeviceType device, const Recurrent& args, const Tensor& gate,
+                           const Tensor& weight, double eps) {
+  const RecurrentParams& p = args.params;
+  const int64_t width = p.heads * p.dim_v;
+  auto check = [&](const char* name, const Tensor& t) {
+    check_device(op, name, t, device, args.k);
+    check_dtype(op, name, t, args.k.scalar_type(), " as for q");
+  };
+  check("gate", gate);
+  check("weight", weight);
+  if (gate.dim() != 2 || gate.size(0) != p.rows || gate.size(1) != width)
+    fail(op, ": gate has shape ", shape_text(gate), ", expected [", p.rows, ", ", width,
+         "] (rows, heads by value dim)");
+  if (weight.dim() != 1 || weight.size(0) != width)
+    fail(op, ": weight has shape ", shape_text(weight), ", expected [", width, "] (heads by value dim)");
+  if (!(eps >= 0)) fail(op, ": eps is ", eps, ", expected a number that is not negative");
+  GatedNorm norm{readable_rows(gate), readable_rows(weight), {}};
+  norm.params = {
+      p.rows, width, p.dtype, nullptr, norm.gate.const_data_ptr(), norm.gate.stride(0), norm.weight.const_data_ptr(),
+      eps};
+  return norm;
+}
+
 Extend check_extend(DeviceType device, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& state,
                     const Tensor& cu_seqlens, const OptTensor& slope, const OptTensor& read_slots,
                     const OptTensor& write_slots, const OptTensor& has_initial_state, const OptTensor& snapshot_offsets,

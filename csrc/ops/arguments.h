@@ -55,6 +55,15 @@ void take_silu(Recurrent& args);
 Tensor empty_recurrent_out(const Recurrent& args, bool has_tokens);
 MutableRows recurrent_out(const Tensor& out, bool has_tokens);
 
+// Arguments of the norm behind decode.
+struct GatedNorm {
+  Tensor gate, weight;     // [rows, H E], [H E]
+  GatedNormParams params;  // everything but `x`
+};
+
+GatedNorm check_gated_norm(const char* op, DeviceType device, const Recurrent& args, const Tensor& gate,
+                           const Tensor& weight, double eps);
+
 // What la2::extend is asked to do. The tensors are here to outlive the call.
 struct Extend {
   Attention attention;  // q, k [tokens, H, D], v [tokens, H, E]; no initial state; batch 1, length `tokens`

@@ -120,18 +120,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_o
   return {dq, dk, dv, dslope, dinitial_state};
 }
 
-// decode, verify and commit: the states of `args` go on by its tokens; `out` where it is wanted.
-void run_recurrent(const char* op, Recurrent& args, const Tensor* out, bool has_tokens) {
+// decode, verify and commit: the states of `args` go on by its tokens.
+void run_recurrent(const char* op, Recurrent& args) {
   RecurrentParams& p = args.params;
   if (args.state_indices) check_slots(op, "state_indices", *args.state_indices, p.slots, false);
   if (values_are_checked()) check_values(op, args);
   if (p.writes_state) bump_version(op, args.state);
   take_silu(args);
-  if (out) p.out = recurrent_out(*out, has_tokens);
   check_memory(op, cpu::kernels().recurrent(p, torch_threads()));
 }
 
-using OnPools = RecurrentOps<&run_recurrent, kDevice>;
+void run_gated_norm(const char* op, Recurrent& args, const GatedNormParams& norm) {
+  run_recurrent(op, args);
+  check_memory(op, cpu::kernels().gated_norm(norm, torch_threads()));
+}
+
+using OnPools = RecurrentOps<&run_recurrent, &run_gated_norm, kDevice>;
 
 Tensor extend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& state, const Tensor& cu_seqlens,
               const OptTensor& slope, const OptTensor& read_slots, const OptTensor& write_slots,
@@ -172,6 +176,7 @@ STABLE_TORCH_LIBRARY_IMPL(la2, CPU, m) {
   m.impl("forward_silu", TORCH_BOX(&forward_silu));
   m.impl("backward", TORCH_BOX(&backward));
   m.impl("decode", TORCH_BOX(&OnPools::decode));
+  m.impl("decode_gated_norm", TORCH_BOX(&OnPools::decode_gated_norm));
   m.impl("verify", TORCH_BOX(&OnPools::verify));
   m.impl("commit", TORCH_BOX(&OnPools::commit));
   m.impl("extend", TORCH_BOX(&extend));

@@ -433,16 +433,21 @@ Tensor states(const Tensor& k, const Tensor& v, const OptTensor& slope, const Op
 }
 
 // decode, verify and commit: the states of `args` go on by its tokens; `out` where it is wanted.
-void run_recurrent(const char* op, Recurrent& args, const Tensor* out, bool has_tokens) {
-  RecurrentParams& p = args.params;
-  if (out) p.out = recurrent_out(*out, has_tokens);
-  const Device device(op, args.k);
+void run_recurrent(const char* op, Recurrent& args, const Device& device) {
+  const RecurrentParams& p = args.params;
   if (device.values_are_checked()) check_values(op, args);
   if (p.writes_state) bump_version(op, args.state);
   check_cuda(op, "launching the kernel", simt::launch_recurrent(p, device.orders_kernels(), device.stream()));
 }
+void run_recurrent(const char* op, Recurrent& args) { run_recurrent(op, args, Device(op, args.k)); }
 
-using OnPools = RecurrentOps<&run_recurrent, kDevice>;
+void run_gated_norm(const char* op, Recurrent& args, const GatedNormParams& norm) {
+  const Device device(op, args.k);
+  run_recurrent(op, args, device);
+  check_cuda(op, "launching the norm", simt::launch_gated_norm(norm, device.orders_kernels(), device.stream()));
+}
+
+using OnPools = RecurrentOps<&run_recurrent, &run_gated_norm, kDevice>;
 
 // ---- extend
 
@@ -641,6 +646,7 @@ STABLE_TORCH_LIBRARY_IMPL(la2, CUDA, m) {
   m.impl("backward", TORCH_BOX(&backward));
   m.impl("_states", TORCH_BOX(&states));
   m.impl("decode", TORCH_BOX(&OnPools::decode));
+  m.impl("decode_gated_norm", TORCH_BOX(&OnPools::decode_gated_norm));
   m.impl("verify", TORCH_BOX(&OnPools::verify));
   m.impl("commit", TORCH_BOX(&OnPools::commit));
   m.impl("extend", TORCH_BOX(&extend));

@@ -28,6 +28,11 @@ STABLE_TORCH_LIBRARY(la2, m) {
   m.def(
       "decode(Tensor q, Tensor k, Tensor v, Tensor(a!) state, Tensor? slope=None, *, Tensor? state_indices=None, "
       "float scale=1.0, int silu=0) -> Tensor");
+  // sigmoid(gate) RMSNorm(out) of decode's out, a row's heads beside each other: gate and the result [rows, H E],
+  // weight [H E]. One operator, since its second kernel begins before decode is done, which no other may come between.
+  m.def(
+      "decode_gated_norm(Tensor q, Tensor k, Tensor v, Tensor(a!) state, Tensor gate, Tensor weight, "
+      "Tensor? slope=None, *, Tensor? state_indices=None, float eps=1e-6, float scale=1.0, int silu=0) -> Tensor");
   // q, k [rows, T, H, D]; v, out [rows, T, H, E]; num_accepted [rows].
   m.def(
       "verify(Tensor q, Tensor k, Tensor v, Tensor state, Tensor? slope=None, *, Tensor? state_indices=None, "

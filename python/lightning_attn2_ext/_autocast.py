@@ -1,4 +1,5 @@
-"""What autocast does with the operators: q, k and v go in the autocast dtype, as into every other matrix product.
+"""What autocast does with the operators: q, k and v go in the autocast dtype, as into every other matrix product, and
+with them the gate and the weight of a norm behind decode.
 
 Slopes, states and offsets stay as they are, sums are float32 as ever, and gradients come back in the dtype of the
 inputs. Float64 is left alone, as autocast leaves it everywhere. `la2::backward` has no rule: it gets what forward got.
@@ -23,15 +24,16 @@ def _cast(x: torch.Tensor, device_type: str) -> torch.Tensor:
 def _register(op, device_type: str) -> None:
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, _KEYS[device_type]))
 
-    rows = sum(argument.name in ("q", "k", "v") for argument in op._schema.arguments)  # they come first
+    is_cast = [argument.name in ("q", "k", "v", "gate", "weight") for argument in op._schema.arguments]
 
     def autocast(*args, **kwargs):
         with torch._C._ExcludeDispatchKeyGuard(keys):
-            return op(*(_cast(x, device_type) for x in args[:rows]), *args[rows:], **kwargs)
+            return op(*(_cast(x, device_type) if cast else x for x, cast in zip(args, is_cast)), **kwargs)
 
     _library.impl(op, autocast, _KEYS[device_type])
 
 
-for _name in ("forward", "forward_with_state", "forward_silu", "decode", "verify", "commit", "extend"):
+_FORWARD = ("forward", "forward_with_state", "forward_silu")
+for _name in (*_FORWARD, "decode", "decode_gated_norm", "verify", "commit", "extend"):
     for _device_type in _KEYS:
         _register(getattr(torch.ops.la2, _name).default, _device_type)

@@ -1,4 +1,5 @@
-"""How torch sees the operators on pools (decode, verify, commit, extend): fake kernels, no gradients, vmap."""
+"""How torch sees the operators on pools (decode, decode_gated_norm, verify, commit, extend): fake kernels, vmap, no
+gradients."""
 
 from __future__ import annotations
 
@@ -18,6 +19,11 @@ _library = torch.library.Library("la2", "IMPL")
 @torch.library.register_fake("la2::decode")
 def _decode_fake(q, k, v, state, slope=None, *, state_indices=None, scale=1.0, silu=0):
     return q.new_empty((q.shape[0], q.shape[1], v.shape[-1]))
+
+
+@torch.library.register_fake("la2::decode_gated_norm")
+def _decode_gated_norm_fake(q, k, v, state, gate, weight, slope=None, **options):
+    return q.new_empty((q.shape[0], q.shape[1] * v.shape[-1]))
 
 
 @torch.library.register_fake("la2::verify")
@@ -70,8 +76,8 @@ def _register_pool_operator(op) -> None:
     _library.impl(op, autograd, "Autograd", with_keyset=True)
 
 
-for _op in (_la2.decode.default, _la2.verify.default, _la2.commit.default, _la2.extend.default):
-    _register_pool_operator(_op)
+for _name in ("decode", "decode_gated_norm", "verify", "commit", "extend"):
+    _register_pool_operator(getattr(_la2, _name).default)
 
 
 # ---- vmap
@@ -145,6 +151,16 @@ register_vmap(
     ("k", "v", "state", "num_accepted", "slope", "state_indices"),
     {"slope": None, "state_indices": None},
 )
+
+
+def _decode_gated_norm_vmap(*args, **kwargs):
+    raise NotImplementedError(
+        "la2::decode_gated_norm: an argument is mapped by vmap, expected none, since a mapped dimension would join the "
+        "heads, over all of which the norm is taken (use la2::decode, and the norm by itself)"
+    )
+
+
+_library.impl(_la2.decode_gated_norm.default, _decode_gated_norm_vmap, "FuncTorchBatched")
 
 
 def _extend_vmap(*args, **kwargs):

@@ -157,8 +157,9 @@ def test_left_padding(original, patched, layout):
     mask = torch.ones_like(ids)
     for row, pad in enumerate((0, 7, 33)):
         ids[row, :pad], mask[row, :pad] = 0, 0
-    want, got = (greedy(m, ids, 8, attention_mask=mask) for m in (original, patched))
-    if layout == "softmax first":
+    got = greedy(patched, ids, 8, attention_mask=mask)
+    if layout == "softmax first":  # else the original masks all but one position, which torch's CUDA kernels refuse
+        want = greedy(original, ids, 8, attention_mask=mask)
         assert (torch.stack(got.logits) - torch.stack(want.logits)).abs().max() <= LOGITS
     for row, pad in enumerate((0, 7, 33)):
         alone = greedy(patched, ids[row : row + 1, pad:], 8)

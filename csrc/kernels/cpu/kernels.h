@@ -20,6 +20,7 @@ struct Kernels {
   bool (*backward)(const BackwardParams&, const Parallel&);
   bool (*recurrent)(const RecurrentParams&, const Parallel&);
   bool (*extend)(const ExtendParams&, const Parallel&);
+  bool (*gated_norm)(const GatedNormParams&, const Parallel&);
   const char* name;  // "baseline", "avx2", "avx512"
 };
 

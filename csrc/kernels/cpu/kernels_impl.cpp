@@ -6,6 +6,7 @@
 #include "backward.h"
 #include "extend.h"
 #include "forward.h"
+#include "gated_norm.h"
 #include "recurrent.h"
 
 namespace la2::cpu {
@@ -39,10 +40,13 @@ bool recurrent_any(const RecurrentParams& p, const Parallel& parallel) {
 bool extend_any(const ExtendParams& p, const Parallel& parallel) {
   return with_storage(p.dtype, [&](auto s) { return extend<decltype(s)>(p, parallel); });
 }
+bool gated_norm_any(const GatedNormParams& p, const Parallel& parallel) {
+  return with_storage(p.dtype, [&](auto s) { return gated_norm<decltype(s)>(p, parallel); });
+}
 
 }  // namespace
 
 extern const Kernels LA2_CPU_TABLE;
-const Kernels LA2_CPU_TABLE = {forward_any, backward_any, recurrent_any, extend_any, LA2_CPU_NAME};
+const Kernels LA2_CPU_TABLE = {forward_any, backward_any, recurrent_any, extend_any, gated_norm_any, LA2_CPU_NAME};
 
 }  // namespace la2::cpu

@@ -48,4 +48,9 @@ cudaError_t launch_slope_grad(const SlopeGradParams& params, cudaStream_t stream
 // same slot where states are written. overlaps: as of launch_combine.
 cudaError_t launch_recurrent(const RecurrentParams& params, bool overlaps, cudaStream_t stream);
 
+// Behind launch_recurrent of one token, whose outputs are its x (params.h). overlaps: it reads gate and weight before
+// that kernel is done, so these may not be the work of the kernel right before it, unless that one waits like
+// launch_recurrent for all that came earlier.
+cudaError_t launch_gated_norm(const GatedNormParams& params, bool overlaps, cudaStream_t stream);
+
 }  // namespace la2::simt

@@ -6,6 +6,19 @@
 namespace la2::simt {
 namespace {
 
+// Blocks of `block_bytes` by which a block asks for states ahead (prefetch_states). That many bytes are half of what
+// the blocks on 132 SMs work on. Not of states that L2 may still hold.
+unsigned blocks_ahead(const RecurrentParams& params, int64_t element_bytes, int64_t block_bytes) {
+  constexpr int64_t kAhead = 6 << 20, kLeast = 64 << 20;
+  const MutableState& s = params.state;
+  const int64_t state_bytes = params.dim_k * params.dim_v * element_bytes;
+  const bool is_one_piece =
+      (s.stride_e == 1 && s.stride_d == params.dim_v) || (s.stride_d == 1 && s.stride_e == params.dim_k);
+  const bool is_aligned = (reinterpret_cast<uintptr_t>(s.data) | (s.stride_s | s.stride_h) * element_bytes) % 16 == 0;
+  if (!is_one_piece || !is_aligned || params.rows * params.heads < kLeast / state_bytes) return 0;
+  return static_cast<unsigned>(kAhead / block_bytes);
+}
+
 template <class Part, bool kIsOneToken>
 cudaError_t launch_kernel(const RecurrentParams& params, bool overlaps, cudaStream_t stream) {
   const int64_t num_slices = (params.dim_v + Part::kSlice - 1) / Part::kSlice;
@@ -15,7 +28,15 @@ cudaError_t launch_kernel(const RecurrentParams& params, bool overlaps, cudaStre
     return cudaErrorInvalidConfiguration;
   const dim3 grid(static_cast<unsigned>(num_slices * params.heads * params.rows));
   if constexpr (kIsOneToken) {  // nothing of it in shared memory
-    return launch_overlapping(la2_recurrent_one_simt_kernel<Part>, grid, Part::kThreads, 0, overlaps, stream, params);
+    auto launch = [&](auto kernel, unsigned ahead) {
+      return launch_overlapping(kernel, grid, Part::kThreads, 0, overlaps, stream, params, ahead);
+    };
+    if constexpr (Part::kVector && sizeof(typename Part::T) <= 4) {
+      constexpr int64_t kElement = sizeof(typename Part::P);
+      const unsigned ahead = overlaps ? blocks_ahead(params, kElement, Part::kSlice * params.dim_k * kElement) : 0;
+      if (ahead != 0) return launch(la2_recurrent_one_simt_kernel<Part, true>, ahead);
+    }
+    return launch(la2_recurrent_one_simt_kernel<Part, false>, 0u);
   } else {
     constexpr size_t kTokenBytes = TokenRows<Part>::kElements * sizeof(typename Part::T);
     constexpr size_t kSumBytes = kTokensAtOnce * Part::kParts * Part::kSlice * sizeof(typename Part::Acc);

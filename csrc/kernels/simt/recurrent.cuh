@@ -11,6 +11,7 @@
 #include "../params.h"
 #include "../ptx/cp_async.cuh"
 #include "../ptx/launch_order.cuh"
+#include "../ptx/prefetch.cuh"
 #include "indices.cuh"
 #include "state_part.cuh"
 
@@ -19,17 +20,17 @@ namespace la2::simt {
 // Tokens whose sums wait in shared memory for each other: the outputs of as many are written at once.
 constexpr int kTokensAtOnce = 8;
 
-// Where the block works. Grid: slices x heads x rows, slices fastest.
+// Where a block works. Grid: slices x heads x rows, slices fastest.
 template <class Part>
-__device__ __forceinline__ Place find_place(const RecurrentParams& params) {
+__device__ __forceinline__ Place find_place(const RecurrentParams& params, unsigned block = blockIdx.x) {
   // 32-bit, since the grid is: a 64-bit division here would be a good part of the block's time.
   const unsigned num_slices = (static_cast<unsigned>(params.dim_v) + Part::kSlice - 1) / Part::kSlice;
   const unsigned heads = static_cast<unsigned>(params.heads);
   Place place;
-  place.first_col = static_cast<int>(blockIdx.x % num_slices) * Part::kSlice;
+  place.first_col = static_cast<int>(block % num_slices) * Part::kSlice;
   place.cols = min(static_cast<int>(params.dim_v) - place.first_col, Part::kSlice);
-  place.head = blockIdx.x / num_slices % heads;
-  place.row = blockIdx.x / num_slices / heads;
+  place.head = block / num_slices % heads;
+  place.row = block / num_slices / heads;
   return place;
 }
 
@@ -106,9 +107,26 @@ struct Offsets {
   __device__ __forceinline__ bool is_wrong() const { return (index | slope | q | k | v | out | state) < 0; }
 };
 
+// By one thread: the states of a later block are wanted in L2. Of a state, which lies in one piece, as much of its
+// memory as a slice of it has, in the order of memory: a slice of rows is no one piece.
 template <class Part>
+__device__ __forceinline__ void prefetch_states(const RecurrentParams& params, unsigned block) {
+  if (block >= gridDim.x) return;
+  using P = typename Part::P;
+  const Place place = find_place<Part>(params, block);
+  const int64_t slot = slot_of_row(params, place.row);
+  if (slot < 0 || slot >= params.slots) return;
+  const int dim_k = static_cast<int>(params.dim_k);
+  const P* const state =
+      static_cast<const P*>(params.state.data) + slot * params.state.stride_s + place.head * params.state.stride_h;
+  ptx::prefetch_into_l2(state + place.first_col * dim_k, static_cast<uint32_t>(place.cols * dim_k * sizeof(P)));
+}
+
+// kAsksAhead: a block asks for the states of the one that is `ahead` later (above). A kernel of its own: with that code
+// in it, though it be skipped, ptxas has the loads of the token wait for the slope.
+template <class Part, bool kAsksAhead>
 __global__ void __launch_bounds__(Part::kThreads, Part::kMinBlocks)
-    la2_recurrent_one_simt_kernel(const __grid_constant__ RecurrentParams params) {
+    la2_recurrent_one_simt_kernel(const __grid_constant__ RecurrentParams params, const unsigned ahead) {
   using T = typename Part::T;
   using Acc = typename Part::Acc;
   __shared__ Acc sums[Part::kParts * Part::kSlice];
@@ -128,6 +146,10 @@ __global__ void __launch_bounds__(Part::kThreads, Part::kMinBlocks)
   if (slot < 0 || slot >= params.slots) return zero_outputs<T>(params, place);
   const StateView<typename Part::P> state(params.state, at.state + slot * params.state.stride_s);
   part.load(state);
+  if constexpr (kAsksAhead) {
+    static_assert(Part::kThreads > 32);
+    if (threadIdx.x == 32) prefetch_states<Part>(params, blockIdx.x + ahead);
+  }
   // With the loads on their way: earlier, the next kernel's start gets in between (one sequence: 0.1 us).
   ptx::launch_dependents();
   leave_decay(&sDecay, slope);

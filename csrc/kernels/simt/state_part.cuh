@@ -349,6 +349,7 @@ class RowsPart {
   using T = T_;
   using P = P_;
   using Acc = typename Accumulation<T>::Type;
+  static constexpr bool kVector = true;
   static constexpr int kMaxDimK = kMaxDimK_, kCols = kCols_;
   static constexpr int kVec = 16 / sizeof(P);
   static constexpr int kRun = kVec < 4 ? kVec : 4;  // rows that are summed one after the other

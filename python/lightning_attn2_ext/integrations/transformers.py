@@ -29,7 +29,7 @@ from transformers.models.minimax.modeling_minimax import MiniMaxCache, MiniMaxLi
 from transformers.monkey_patching import get_patch_mapping, register_patch_mapping, unregister_patch_mapping
 
 from .. import slopes
-from ..functional import lightning_attention, lightning_attention_decode
+from ..functional import lightning_attention
 from ..nn.padded import forward_padded
 
 __all__ = ["LightningMiniMaxAttention", "adopt_cache", "is_patched", "patch", "unpatch"]
@@ -111,7 +111,8 @@ class LightningMiniMaxAttention(MiniMaxLightningAttention):
         batch, length, _ = hidden_states.shape
         heads, dim = self.num_attention_heads, self.head_dim
         qkv = self.qkv_proj(hidden_states)
-        grad = torch.is_grad_enabled() and qkv.requires_grad
+        trained = (qkv, self.norm.weight, *self.output_gate.parameters())
+        grad = torch.is_grad_enabled() and any(t.requires_grad for t in trained)
         silu = "qkv" if attention_mask is None and not grad and type(self.act_fn) in _SILU else ""  # the operator's
         if not silu:
             qkv = self.act_fn(qkv)
@@ -121,19 +122,24 @@ class LightningMiniMaxAttention(MiniMaxLightningAttention):
         if state is not None:
             state = state.to(q.device, accumulation)  # float32 already, unless the original wrote it
         slope = self.slope(q.device, accumulation)
-        if attention_mask is not None:
-            out, state = forward_padded(q, k, v, attention_mask != 0, state, slope)
-        elif length == 1 and state is not None and not grad:
-            rows = (t.squeeze(2) for t in (q, k, v))
-            out = lightning_attention_decode(*rows, state, slope, activated=silu).unsqueeze(2)
-        else:
-            out, state = lightning_attention(
-                q, k, v, slope, initial_state=state, return_final_state=True, activated=silu
-            )
-        # One kernel and one rounding, where the module's own forward takes several of each.
         weight, eps = self.norm.weight, self.norm.variance_epsilon
-        out = F.rms_norm(out.transpose(1, 2).flatten(2), weight.shape, weight.to(out.dtype), eps)
-        out = self.out_proj(F.sigmoid(self.output_gate(hidden_states)) * out)
+        if attention_mask is None and length == 1 and state is not None and not grad:
+            # The gate is projected first, so that norm and gate start before the states are through.
+            gate, rows = self.output_gate(hidden_states).squeeze(1), (t.squeeze(2) for t in (q, k, v))
+            out = torch.ops.la2.decode_gated_norm(
+                *rows, state, gate, weight.to(q.dtype), slope, eps=eps, silu=7 if silu else 0
+            ).unsqueeze(1)
+        else:
+            if attention_mask is not None:
+                out, state = forward_padded(q, k, v, attention_mask != 0, state, slope)
+            else:
+                out, state = lightning_attention(
+                    q, k, v, slope, initial_state=state, return_final_state=True, activated=silu
+                )
+            # One kernel and one rounding, where the module's own forward takes several of each.
+            out = F.rms_norm(out.transpose(1, 2).flatten(2), weight.shape, weight.to(out.dtype), eps)
+            out = F.sigmoid(self.output_gate(hidden_states)) * out
+        out = self.out_proj(out)
         if cache is not None:
             cache.set_linear_cache(self.layer_idx, state)
         return out, state
