@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import pathlib
+import statistics
 
 import torch
 from torch.nn import functional as F
@@ -244,19 +245,27 @@ def measure(names, batches, contexts, heads, dim, dtype, clock, bytes_per_s, rep
     return rows
 
 
-def host_times(heads, dim, dtype, device) -> dict[str, float]:
-    """Microseconds of the host for an eager step of one sequence, by the function and by the operator."""
+def host_times(heads, dim, dtype, device) -> dict[str, list[float]]:
+    """Microseconds of the host for an eager step of one sequence, by the function and by the operator, and for an
+    in-place product of eight numbers, on each core, ascending."""
     q, k, v, state = step_inputs(1, heads, dim, dtype, device)
-    step = _Steps(state, slopes.minimax(heads, 0, 80).to(device))
+    step, eight = _Steps(state, slopes.minimax(heads, 0, 80).to(device)), torch.zeros(8, device=device)
     calls = {
-        "eager_host_us": lambda: lightning_attention_decode(q, k, v, step.state, step.slope, state_indices=step.slots),
-        "eager_host_us_operator": lambda: step.la2(q, k, v),
+        "function": lambda: lightning_attention_decode(q, k, v, step.state, step.slope, state_indices=step.slots),
+        "operator": lambda: step.la2(q, k, v),
+        "mul_": lambda: eight.mul_(0.5),
     }
     times = {}
-    for name, mode in (("", torch.inference_mode), ("_no_grad", torch.no_grad)):
+    for mode in (torch.inference_mode, torch.no_grad):
         with mode():
-            times |= {key + name: timing.host_microseconds(call, device) for key, call in calls.items()}
+            found = timing.host_microseconds_by_core(calls, device)
+        times |= {f"{name}, {mode.__name__}": taken for name, taken in found.items()}
     return times
+
+
+def host_table(times: dict[str, list[float]]) -> str:
+    shown = [[name, *(f"{of(t):.1f}" for of in (min, statistics.median, max))] for name, t in times.items()]
+    return report.table(["one sequence, eager, us of the host", "least of the cores", "median", "most"], shown, texts=1)
 
 
 def table(rows: list[dict]) -> str:
@@ -329,10 +338,8 @@ def main(argv: list[str] | None = None) -> int:
     rows = measure(names, batches, contexts, heads, dim, dtype, clock, bytes_per_s, repeats)
     print("\n" + table(rows))
     if arguments.graph:
-        facts |= host_times(heads, dim, dtype, device)
-        ways = ("", "_operator", "_no_grad", "_operator_no_grad")
-        shown = ", ".join(f"{facts[f'eager_host_us{way}']:.1f}" for way in ways)
-        print(f"eager, one sequence, us of the host: {shown} (function, operator; the same under no_grad)")
+        facts["eager_host_us"] = host_times(heads, dim, dtype, device)
+        print("\n" + host_table(facts["eager_host_us"]))
     if arguments.json:
         report.write_json(arguments.json, "decode", facts, rows)
     if arguments.plots:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -113,12 +114,12 @@ class GraphClock:
         return statistics.median(start.elapsed_time(stop) for start, stop in pairs) / self.CALLS
 
 
-def host_microseconds(call: Callable[[], object], device: torch.device, calls: int = 500) -> float:
+def host_microseconds(call: Callable[[], object], device: torch.device, calls: int = 500, rounds: int = 5) -> float:
     """What one call takes of the host that goes on without waiting for the device."""
     for _ in range(20):
         call()
     taken = []
-    for _ in range(5):
+    for _ in range(rounds):
         torch.cuda.synchronize(device)
         begin = time.perf_counter()
         for _ in range(calls):
@@ -126,3 +127,18 @@ def host_microseconds(call: Callable[[], object], device: torch.device, calls: i
         taken.append((time.perf_counter() - begin) / calls)
     torch.cuda.synchronize(device)
     return statistics.median(taken) * 1e6
+
+
+def host_microseconds_by_core(calls: dict[str, Callable[[], object]], device: torch.device) -> dict[str, list[float]]:
+    """The same on every core that this thread may use, ascending: on a machine that is shared some take half as long
+    again for everything, and a process stays where it is."""
+    cores = os.sched_getaffinity(0)
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    try:
+        for core in sorted(cores):
+            os.sched_setaffinity(0, {core})
+            for name, call in calls.items():
+                taken[name].append(host_microseconds(call, device, calls=200, rounds=3))
+    finally:
+        os.sched_setaffinity(0, cores)
+    return {name: sorted(times) for name, times in taken.items()}
