@@ -152,6 +152,41 @@ def test_tiny_steps_of_many_rows(dims, state_layout):
 
 
 @pytest.mark.sanitize
+@pytest.mark.parametrize("layout", ("kv", "vk"))
+@pytest.mark.parametrize("pool_dtype", (FP32, BF16), ids=plan_id)
+@pytest.mark.parametrize("dims", ((64, 64), (128, 72), (256, 256)), ids=plan_id)
+def test_states_ahead(dims, pool_dtype, layout):
+    """Of 64 MiB of states a block asks for what later ones read (simt/launch_recurrent.cu), up to the last state."""
+    rows, heads = -(-(65 << 20) // (8 * dims[0] * dims[1] * pool_dtype.itemsize)), 8
+    generator = torch.Generator(CUDA).manual_seed(0)
+    q, k, v = (torch.randn(rows, heads, d, generator=generator, device=CUDA).to(BF16) for d in (dims[0], *dims))
+    pool = pool_of((rows, heads, *dims), layout, pool_dtype, CUDA)
+    parts = pool_of((rows, heads, *dims), layout, pool_dtype, CUDA).copy_(pool)
+    out, half = la2.decode(q, k, v, pool), rows // 2
+    want = [la2.decode(q[part], k[part], v[part], parts[part]) for part in (slice(half), slice(half, rows))]
+    assert torch.equal(out, torch.cat(want)) and torch.equal(pool, parts)
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("heads, dim_v", ((1, 24), (43, 24), (40, 256)))
+@pytest.mark.parametrize("dtype", (BF16, FP16, FP32, FP64), ids=plan_id)
+def test_tiny_gated_norm(dtype, heads, dim_v):
+    """A row narrower than a warp, one of several warps, and one that its block walks twice."""
+    rows, width = 3, heads * dim_v
+    shapes = [(rows, heads, 8), (rows, heads, 8), (rows, heads, dim_v), (rows, width), (width,)]
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, gate, weight = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+    arithmetic = accumulation_dtype(dtype)
+    state = torch.zeros(rows, heads, 8, dim_v, dtype=arithmetic)
+    want = la2.decode_gated_norm(q, k, v, state, gate, weight)
+    got = la2.decode_gated_norm(*(t.to(CUDA) for t in (q, k, v, torch.zeros_like(state), gate, weight)))
+    # Decode's rows, summed in other orders, are rounded before they are normed.
+    assert torch.allclose(
+        got.cpu().double(), want.double(), rtol=4 * torch.finfo(dtype).eps, atol=10 * torch.finfo(arithmetic).eps
+    )
+
+
+@pytest.mark.sanitize
 @pytest.mark.parametrize("pool", ("kv", "vk", "padded"))
 @pytest.mark.parametrize("dims", ((64, 40), (128, 24), (256, 64)), ids=plan_id)
 @pytest.mark.parametrize("dtype", (BF16, FP32, FP64), ids=plan_id)
