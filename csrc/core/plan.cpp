@@ -55,6 +55,7 @@ constexpr double kNextBlockUs = 2.0;  // a block that starts where another one h
 // The state pass and the combine pass, before their work: where kernels overlap (compute capability 9.0 and later), and
 // where they do not, which was not measured.
 constexpr double kCutOverlappedUs = 6.0, kCutUs = 12.0, kCombineGBs = 1500;
+constexpr double kOnePassUs = 13.0;  // the same where all passes are one kernel
 
 struct Job {
   int64_t dim_a, dim_c;
@@ -177,8 +178,27 @@ Status check_sizes(const Problem& p) {
   return Status::ok();
 }
 
+// Whether all passes can be one kernel: each block has one item, and all are resident.
+bool has_one_pass(const Problem& p, const DeviceProps& device, Family family, const Plan& plan) {
+  const Tile& tile = plan.tiles[0];
+  return family == Family::kSm80 && !p.backward && !p.is_extend && sm80_has_one_pass(tile) &&
+         plan.num_units * p.heads * ceil_div(p.dim_v, tile.slice) <= device.num_sms;
+}
+
+// Segments to consider, forward also as many as one pass has room for.
+std::vector<int64_t> counts_with_one_pass(const Problem& p, const DeviceProps& device, const Forced& forced) {
+  std::vector<int64_t> counts = counts_of_segments(p, forced);
+  if (p.backward || forced.segments > 0) return counts;
+  const int64_t items = std::max<int64_t>(1, p.heads * ceil_div(p.dim_v, 128) * (p.packed ? 1 : p.num_seqs));
+  const int64_t room = std::min(kMaxSegments, device.num_sms / items), most = p.length / kSegmentStep;
+  for (const int64_t n : {room, room / 2})
+    if (n > 1 && n <= most) counts.push_back(n);
+  std::sort(counts.begin(), counts.end());
+  return counts;
+}
+
 // The plan with these tiles and this number of segments, and its predicted time.
-Candidate evaluate(const Problem& p, const DeviceProps& device, Family family,
+Candidate evaluate(const Problem& p, const DeviceProps& device, Family family, const Forced& forced,
                    const std::vector<const TileCost*>& tiles, const std::vector<std::vector<Job>>& launches,
                    int64_t segments) {
   Candidate candidate;
@@ -212,7 +232,12 @@ Candidate evaluate(const Problem& p, const DeviceProps& device, Family family,
     }
   }
   const bool overlaps = device.compute_capability >= 90 && family != Family::kSimt;
-  if (cut) us += (overlaps ? kCutOverlappedUs : kCutUs) + combine_us(p, plan, kCombineGBs);
+  const double between = (overlaps ? kCutOverlappedUs : kCutUs) + combine_us(p, plan, kCombineGBs);
+  plan.in_one_pass = cut && forced.passes != 3 && has_one_pass(p, device, family, plan) &&
+                     (kOnePassUs < between || forced.passes == 1);
+  if (plan.in_one_pass)
+    plan.state_floats[0] = ceil_div(p.dim_v, plan.tiles[0].slice) * plan.tiles[0].slice * plan.tiles[0].tile_a;
+  if (cut) us += plan.in_one_pass ? kOnePassUs : between;
   plan.predicted_us = us;
   candidate.us = us;
   return candidate;
@@ -240,7 +265,7 @@ Status plan_portable(const Problem& p, const DeviceProps& device, const Forced& 
   const int64_t slices[] = {32, 64, 128};
   bool found = false;
   double best = 0;
-  const std::vector<int64_t> segment_counts = counts_of_segments(p, forced);
+  const std::vector<int64_t> segment_counts = counts_with_one_pass(p, device, forced);
   for (const int64_t slice0 : slices) {
     for (const int64_t slice1 : slices) {
       std::vector<const TileCost*> tiles;
@@ -254,7 +279,8 @@ Status plan_portable(const Problem& p, const DeviceProps& device, const Forced& 
       }
       if (!fits || (launches.size() == 1 && slice1 != slice0)) continue;
       for (const int64_t segments : segment_counts) {
-        const Candidate candidate = evaluate(p, device, family, tiles, launches, segments);
+        const Candidate candidate = evaluate(p, device, family, forced, tiles, launches, segments);
+        if (forced.passes == 1 && !candidate.plan.in_one_pass) continue;
         // More segments only for a gain beyond the model's precision.
         const bool more_segments = candidate.plan.num_segments > plan->num_segments;
         if (found && candidate.us >= best * (more_segments ? kWorthwhile : 1.0)) continue;
@@ -269,6 +295,7 @@ Status plan_portable(const Problem& p, const DeviceProps& device, const Forced& 
     text << "no kernel of family " << family_text(family) << " fits: head dims " << p.dim_k << " and " << p.dim_v
          << " in " << device.shared_per_block << " bytes of shared memory";
     if (forced.slice > 0) text << " with slice " << forced.slice;
+    if (forced.passes == 1) text << ", cut so that all blocks are resident";
     return Status::error(text.str());
   }
   return Status::ok();
@@ -299,7 +326,9 @@ Status make_plain_plan(const Problem& p, const DeviceProps& device, const std::s
   // Of the two families the faster one: where a call is short, the Hopper kernels are slow to start.
   Plan hopper;
   const Status on_hopper = plan_sm90(p, device, forced, &hopper);
-  if (forced.family == "sm90" || forced.passes == 1 || (on_hopper.is_ok() && (p.is_extend || forced.is_for_sm90()))) {
+  const bool is_portable = forced.family == "sm80";
+  if (forced.family == "sm90" || (forced.passes == 1 && !is_portable) ||
+      (on_hopper.is_ok() && (p.is_extend || forced.is_for_sm90()))) {
     *plan = hopper;
     return on_hopper;
   }

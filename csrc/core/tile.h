@@ -17,6 +17,9 @@ constexpr bool sm80_is_ahead(const Tile& t, bool slope_grad) {
   return t.tile_a == 128 && t.slice == 128 && !slope_grad;
 }
 
+// Whether sm80 has a kernel of this tile that makes a forward's states and outputs in one pass.
+constexpr bool sm80_has_one_pass(const Tile& t) { return sm80_is_ahead(t, false); }
+
 // Bytes of shared memory of an sm80 block: two stages of a, b [chunk, tile_a] and c [chunk, slice], the scores
 // [chunk, chunk], the powers of lambda; ahead, a third stage and a second tile of scores; for the slope gradient a
 // second tile of scores and a few sums.

@@ -147,12 +147,20 @@ void launch(const Attention& args, const Plan& plan, int which, const TrilinearP
 // The launch of a cooperative plan: false where not all of its blocks can be resident after all (a stream that has a
 // part of the multiprocessors), and nothing was done.
 bool launch_in_one_pass(const Attention& args, const Plan& plan, TrilinearParams& params, const Device& device) {
-  params.local_floats = plan.state_floats[0];
   const Tile& tile = plan.tiles[0];
-  sm90::LaunchOptions options;
-  options.in_one_pass = true;
-  const cudaError_t error = sm90::launch_trilinear(params, {args.dtype, tile.tile_a, tile.slice, false, false, false},
-                                                   options, device.stream());
+  cudaError_t error;
+  if (plan.family == Family::kSm90) {
+    params.local_floats = plan.state_floats[0];
+    sm90::LaunchOptions options;
+    options.in_one_pass = true;
+    error = sm90::launch_trilinear(params, {args.dtype, tile.tile_a, tile.slice, false, false, false}, options,
+                                   device.stream());
+  } else {
+    sm80::LaunchOptions options;
+    options.in_one_pass = true;
+    error =
+        sm80::launch_trilinear(params, {args.dtype, tile.tile_a, tile.slice, false, false}, options, device.stream());
+  }
   if (error == cudaErrorCooperativeLaunchTooLarge) {
     cudaGetLastError();
     return false;

@@ -242,6 +242,16 @@ def test_few_heads_go_in_one_pass(core):
     assert not core.plan(problem, device, "passes=3").in_one_pass
     assert not core.plan(core.problem("1,64,4096,128,128,bf16"), device).in_one_pass
     assert core.plan(core.problem("1,8,4096,128,128,bf16,packed=1"), device).in_one_pass
+    portable = core.plan(problem, device, "family=sm80")
+    assert portable.in_one_pass and portable.num_units * 8 <= 132
+    assert portable.state_floats[0] == 128 * 128
+    assert not core.plan(problem, device, "family=sm80,passes=3").in_one_pass
+    assert core.plan(problem, core.device("sm_80x108"), "family=sm80,passes=1").in_one_pass
+    assert not core.plan(problem, core.device("sm_89x128")).in_one_pass  # 99 KB of shared memory
+    backward = core.problem("1,8,4096,128,128,bf16,backward")
+    assert not core.plan(backward, device, "family=sm80").in_one_pass
+    with pytest.raises(ValueError, match="cut so that all blocks are resident"):
+        core.plan(backward, device, "family=sm80,passes=1")
     problem.is_extend = True
     plan = core.plan(problem, device)
     assert not plan.in_one_pass and plan.family == core.Family.sm90

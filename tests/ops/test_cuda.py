@@ -21,6 +21,7 @@ from tests.support.gpu import (
     families,
     has_slice,
     needs_hopper,
+    needs_wide_slices,
     plan_id,
     relative_error,
     run,
@@ -92,7 +93,27 @@ def test_every_hopper_plan(monkeypatch, dtype, dims, plan):
 def test_one_pass_has_the_bits_of_three(monkeypatch, dtype, dims, segments):
     """The state pass and the main pass in one kernel: the same arithmetic in the same order."""
     for x in dense_and_packed(dims, dtype):
-        check_one_pass(monkeypatch, x, segments)
+        check_one_pass(monkeypatch, x, f"family=sm90,slice=64,segments={segments}")
+
+
+@needs_wide_slices
+@pytest.mark.parametrize("segments", (2, 3, 7))
+@pytest.mark.parametrize("dims", ((128, 128), (96, 40), (128, 200)), ids=plan_id)
+@pytest.mark.parametrize("dtype", HALVES, ids=plan_id)
+def test_portable_one_pass_has_the_bits_of_three(monkeypatch, dtype, dims, segments):
+    """But for an initial state's part, which the first segment decays chunk by chunk and the combine pass at once."""
+    for x in dense_and_packed(dims, dtype):
+        for same_bits, y in ((False, x), (True, x.replace(initial_state=None))):
+            check_one_pass(monkeypatch, y, f"family=sm80,slice=128,segments={segments}", same_bits)
+
+
+@needs_wide_slices
+@pytest.mark.parametrize("length, segments", ((2230, 18), (2230, 35), (4096 - 7, 3)))
+def test_portable_one_pass_of_many_and_of_long_segments(monkeypatch, length, segments):
+    """More segments than are loaded at once; windows of steep heads."""
+    x = Case(heads=3, length=length, key_dim=128, value_dim=128, dtype=BF16, state_layout="kv").make(CUDA)
+    x.slope = torch.tensor([0.0, 0.05, 50.0], device=CUDA)
+    check_one_pass(monkeypatch, x, f"family=sm80,slice=128,segments={segments}", same_bits=False)
 
 
 @needs_hopper
@@ -106,16 +127,17 @@ def test_one_pass_of_many_segments(monkeypatch, dtype, dims, segments):
     packed = Case(lengths=(130, 0, 2100), **common).make(CUDA)
     packed.slope = dense.slope
     for x in (dense, packed):
-        check_one_pass(monkeypatch, x, segments)
+        check_one_pass(monkeypatch, x, f"family=sm90,slice=64,segments={segments}")
 
 
-def check_one_pass(monkeypatch, x, segments):
+def check_one_pass(monkeypatch, x, plan, same_bits=True):
     got = {}
     for passes in (3, 1, 1):
-        monkeypatch.setenv("LA2_PLAN", f"family=sm90,slice=64,segments={segments},passes={passes}")
+        monkeypatch.setenv("LA2_PLAN", f"{plan},passes={passes}")
         got.setdefault(passes, la2.forward_with_state(*x.args, **x.options))
         assert_equal(la2.forward_with_state(*x.args, **x.options), got[passes])
-    assert_equal(got[1], got[3])
+    if same_bits:
+        assert_equal(got[1], got[3])
     check_forward(x, *got[1])
     # And one it was: where not all blocks can be resident three are launched instead.
     assert any("one_pass" in name for name in kernel_times(lambda: la2.forward(*x.args, **x.options), 1))

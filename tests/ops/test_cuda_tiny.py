@@ -19,6 +19,7 @@ from tests.support.gpu import (
     check,
     moved_to_gpu,
     needs_hopper,
+    needs_wide_slices,
     plan_id,
     run,
 )
@@ -90,6 +91,18 @@ def test_tiny_hopper_prefill_in_one_pass(monkeypatch, dtype, dims, segments):
     """Blocks that wait for each other within a kernel."""
     monkeypatch.setenv("LA2_PLAN", f"family=sm90,slice=64,segments={segments},passes=1")
     for x in dense_and_packed(dims, dtype):
+        y = moved_to_gpu(x)
+        check_forward(x, *(t.cpu() for t in torch.ops.la2.forward_with_state(*y.args, **y.options)))
+
+
+@needs_wide_slices
+@pytest.mark.sanitize
+@pytest.mark.parametrize("dtype, segments", ((BF16, 2), (BF16, 3), (FP16, 3)), ids=plan_id)
+def test_tiny_portable_prefill_in_one_pass(monkeypatch, dtype, segments):
+    """Also with blocks that have no segment: three sequences of 197 tokens could be cut into four of 128."""
+    monkeypatch.setenv("LA2_PLAN", f"family=sm80,slice=128,segments={segments},passes=1")
+    uncut = Case(heads=1, lengths=(100, 0, 97), key_dim=128, value_dim=128, dtype=dtype).make("cpu")
+    for x in (*dense_and_packed((128, 128), dtype), uncut):
         y = moved_to_gpu(x)
         check_forward(x, *(t.cpu() for t in torch.ops.la2.forward_with_state(*y.args, **y.options)))
 

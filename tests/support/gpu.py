@@ -33,6 +33,17 @@ needs_hopper = pytest.mark.skipif(
 )
 
 
+def has_shared(kilobytes):
+    """Whether a block may have so much shared memory."""
+    return torch.cuda.is_available() and (
+        torch.cuda.get_device_properties(0).shared_memory_per_block_optin >= kilobytes * 1024
+    )
+
+
+#: Slices of 128 at head dims over 64, by the portable kernels.
+needs_wide_slices = pytest.mark.skipif(not has_shared(163), reason="needs 163 KB of shared memory a block")
+
+
 def check(x, got=None):
     got = run(x) if got is None else got
     check_forward(x, *got[:2])

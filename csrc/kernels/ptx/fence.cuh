@@ -1,6 +1,8 @@
 // Orders what the compiler or the hardware may reorder.
 #pragma once
 
+#include <stdint.h>
+
 namespace la2::ptx {
 
 // No memory access moves across; no instruction is made. Bounds how many loads are in flight, and so the registers
@@ -11,6 +13,11 @@ __device__ __forceinline__ void scheduling_fence() { asm volatile("" ::: "memory
 // registers across a loop around it.
 __device__ __forceinline__ int opaque(int value) {
   asm volatile("" : "+r"(value));
+  return value;
+}
+
+__device__ __forceinline__ int64_t opaque(int64_t value) {
+  asm volatile("" : "+l"(value));
   return value;
 }
 

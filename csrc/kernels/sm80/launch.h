@@ -16,11 +16,13 @@ struct Instance {
 };
 
 struct LaunchOptions {
-  bool state_only = false;  // gathers the segments' states into job.local; the main pass does everything else
-  bool overlaps = false;    // compute capability 9.0 and later: may start before the kernel before it is done
+  bool state_only = false;   // gathers the segments' states into job.local; the main pass does everything else
+  bool overlaps = false;     // compute capability 9.0 and later: may start before the kernel before it is done
+  bool in_one_pass = false;  // all passes of a forward in one kernel, whose blocks are all resident (one_pass.cuh)
 };
 
 // Rows must be 16-byte aligned (base, strides). cudaErrorInvalidDeviceFunction: no such instance was built.
+// cudaErrorCooperativeLaunchTooLarge: not all blocks of one pass can be resident, and nothing was done.
 cudaError_t launch_trilinear(const TrilinearParams& params, const Instance& instance, const LaunchOptions& options,
                              cudaStream_t stream);
 

@@ -1,0 +1,263 @@
+// Few heads and long sequences, bf16 and fp16: the state pass, the combine pass and the main pass of a forward in one
+// kernel, whose blocks are all resident and wait for each other. The notebook is ../DESIGN.md.
+#pragma once
+
+#include <cooperative_groups.h>
+
+#include <utility>
+
+#include "../simt/vec.cuh"
+#include "trilinear.cuh"
+
+namespace la2::sm80 {
+
+// Which instances have the kernel.
+template <class Cfg>
+constexpr bool kHasOnePass =
+    sm80_has_one_pass({Cfg::kTileA, Cfg::kSlice, Cfg::kChunk}) && !Cfg::kSplit && !Cfg::kSlopeGrad && !Cfg::kStateOnly;
+
+// A local state in the order of the fragments, 16 bytes a lane: kTileA * kSlice floats.
+template <class Cfg, class Body>
+__device__ __forceinline__ void for_each_state_vector(StateFragment<Cfg>& z, float* state, const Lane& me,
+                                                      const Body& body) {
+  float* const at = state + (me.warp * (Cfg::kBlockCols * Cfg::kTileA / 8) * 32 + me.lane) * 4;
+#pragma unroll
+  for (int g = 0; g < Cfg::kBlockCols; ++g)
+#pragma unroll
+    for (int n = 0; n < Cfg::kTileA / 8; ++n) body(z[g][n], at + (g * (Cfg::kTileA / 8) + n) * 32 * 4);
+}
+
+// What la2_combine_simt_kernel does with states of this order: what leaves a segment takes the place of what it
+// gathered. The blocks of a head and slice share its elements out. By the helpers, as the others have no registers for
+// it. `first`: of the sequence's first segment.
+template <class Cfg>
+__device__ __forceinline__ void combine_segments(float* first, int64_t stride, int segment, int num_segments,
+                                                 float decay, int helper) {
+  if (num_segments < 2) return;  // or no unit
+  if (decay < 0x1p-40f) return;  // nothing of a segment is left behind the next one (simt::window_chunks)
+  constexpr int kAtOnce = 16, kVecs = 2, kApart = Cfg::kCopyThreads * 4, kFloats = Cfg::kTileA * Cfg::kSlice;
+  static_assert(kFloats % (kVecs * kApart) == 0);
+  const int count = num_segments - 1;  // nobody gathered the last one
+  for (int at = segment * kVecs * kApart + helper * 4; at < kFloats; at += num_segments * kVecs * kApart) {
+    simt::Vec<float> z[kVecs] = {};
+    float* place = first + at;
+#pragma unroll 1
+    for (int begin = 0; begin < count; begin += kAtOnce) {
+      simt::Vec<float> gathered[kAtOnce][kVecs];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i)
+#pragma unroll
+        for (int v = 0; v < kVecs; ++v)
+          if (begin + i < count) gathered[i][v] = simt::load_vec(place + i * stride + v * kApart);
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i, place += stride) {
+        if (begin + i >= count) break;
+#pragma unroll
+        for (int v = 0; v < kVecs; ++v) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) z[v].x[e] = decay * z[v].x[e] + gathered[i][v].x[e];
+          if (begin + i > 0) simt::store_global(place + v * kApart, z[v]);
+        }
+      }
+    }
+  }
+}
+
+// With what the threads that hold the state have no registers for.
+template <class Cfg>
+struct OnePassStorage {
+  SharedStorage<Cfg> tiles;
+  const float* initial;  // Z as it enters the first segment, and as it leaves the last one, at this head and slice:
+  float* final;          // nullptr in other segments, and where there is none
+  float* local;          // this segment's
+  int segment, num_segments;
+  float slope;
+  bool gathers_all;  // from the segment's first chunk on, so that what enters it counts
+};
+
+// Grid: x = slices x heads x units, all resident; one job, not reverse.
+//
+// Twice through the chunks of a segment, which are counted on: gathering [0, gathered), where the segment is not the
+// last, and the main pass [gathered, all). Helpers and the others as in la2_trilinear_sm80_kernel. A hang is impossible
+// by construction: whatever its segment, a block comes to both of the grid's barriers, having waited for its own copies
+// alone.
+template <class Cfg>
+__global__ void __launch_bounds__(Cfg::kThreads, 1)
+    la2_one_pass_sm80_kernel(const __grid_constant__ TrilinearParams p) {
+  using T = typename Cfg::T;
+  static_assert(Cfg::kAhead);
+  constexpr int kStages = Cfg::kStages;
+  constexpr bool kReverse = false;
+  extern __shared__ __align__(128) char raw[];
+  OnePassStorage<Cfg>& storage = *reinterpret_cast<OnePassStorage<Cfg>*>(raw);
+  SharedStorage<Cfg>& smem = storage.tiles;
+  const Lane me;
+  const TrilinearJob& job = p.jobs[0];
+  const auto grid = cooperative_groups::this_grid();
+
+  const int group = job.by_slices.small_quotient(blockIdx.x);
+  const int slice = static_cast<int>(blockIdx.x) - group * static_cast<int>(job.by_slices.divisor);
+  const int unit_idx = p.by_heads.small_quotient(group), head = group - unit_idx * static_cast<int>(p.sizes.heads);
+  const int first_col = slice * Cfg::kSlice;
+  const int cols = min(job.dim_c - first_col, Cfg::kSlice);
+  const simt::Unit unit = simt::find_unit<false, false>(p, unit_idx);
+  const bool is_last = unit.segment + 1 == unit.num_segments;
+
+  const int num_chunks = static_cast<int>((unit.length + Cfg::kChunk - 1) / Cfg::kChunk);  // 0: no unit
+  int gathered = unit.valid && !is_last ? num_chunks : 0;
+  if (gathered > kFewChunks)
+    gathered = simt::window_chunks<Cfg::kChunk>(simt::slope_of<float>(p, unit.sequence, head), num_chunks);
+  const int num_steps = gathered + num_chunks;
+  auto chunk_at = [&](int step) { return step < gathered ? num_chunks - gathered + step : step - gathered; };
+  const int last_rows = static_cast<int>(unit.length - static_cast<int64_t>(num_chunks - 1) * Cfg::kChunk);
+  auto rows_of = [&](int step) { return step + 1 < num_steps ? Cfg::kChunk : last_rows; };
+
+  enum NamedBarrier { kFilled = 1, kTaken, kOthers };
+  if (me.warp >= Cfg::kWarps) {
+    const T* a = static_cast<const T*>(job.a.data) + unit.batch * job.a.stride_b + head * job.a.stride_h +
+                 unit.row_begin * job.a.stride_n;
+    const T* b = static_cast<const T*>(job.b.data) + unit.batch * job.b.stride_b + head * job.b.stride_h +
+                 unit.row_begin * job.b.stride_n;
+    const T* c = static_cast<const T*>(job.c.data) + unit.batch * job.c.stride_b + head * job.c.stride_h +
+                 unit.row_begin * job.c.stride_n + first_col;
+    const int helper = static_cast<int>(threadIdx.x) - 32 * Cfg::kWarps;
+    auto start_copy = [&](int step) {
+      if (step < num_steps) {
+        const int rows = rows_of(step), stage = step % kStages;
+        const int64_t row = static_cast<int64_t>(chunk_at(step)) * Cfg::kChunk;
+        tile::copy_rows_async<typename Cfg::TileA, Cfg::kCopyThreads>(tile::shared_address(smem.b[stage].data),
+                                                                      b + row * job.b.stride_n, job.b.stride_n, rows,
+                                                                      job.dim_a, helper);
+        tile::copy_rows_async<typename Cfg::TileC, Cfg::kCopyThreads>(
+            tile::shared_address(smem.c[stage].data), c + row * job.c.stride_n, job.c.stride_n, rows, cols, helper);
+        if (step >= gathered)
+          tile::copy_rows_async<typename Cfg::TileA, Cfg::kCopyThreads>(tile::shared_address(smem.a[stage].data),
+                                                                        a + row * job.a.stride_n, job.a.stride_n, rows,
+                                                                        job.dim_a, helper);
+      }
+      ptx::cp_async_commit();
+    };
+    auto meet = [&] {
+      ptx::named_barrier_arrive(kFilled, Cfg::kThreads);
+      ptx::named_barrier_sync(kTaken, Cfg::kThreads);
+    };
+    auto scores_of = [&](int step) {
+      if (step < num_steps)
+        scores<Cfg>(smem.scores[step % 2], smem, step % kStages, static_cast<float>(job.intra), kReverse,
+                    me.warp - Cfg::kWarps, me);
+    };
+#pragma unroll 1
+    for (int step = 0; step < kStages - 1; ++step) start_copy(step);
+#pragma unroll 1
+    for (int step = 0; step < gathered; ++step) {
+      ptx::cp_async_wait<kStages - 2>();
+      meet();
+      start_copy(step + kStages - 1);
+    }
+    auto arrival = grid.barrier_arrive();
+    ptx::cp_async_wait<kStages - 2>();  // the main pass's first chunk
+    meet();
+    scores_of(gathered);
+    const float decay = rounded_decay_power(storage.slope, static_cast<int>(p.segment_len));
+    grid.barrier_wait(std::move(arrival));
+    combine_segments<Cfg>(storage.local - storage.segment * job.local.stride_s, job.local.stride_s, storage.segment,
+                          storage.num_segments, decay, helper);
+    grid.sync();
+#pragma unroll 1
+    for (int step = gathered; step < num_steps; ++step) {
+      ptx::cp_async_wait<kStages - 3>();  // the next chunk is there as well
+      meet();
+      start_copy(step + kStages - 1);
+      scores_of(step + 1);
+    }
+    return;
+  }
+
+  auto meet = [&] {
+    ptx::named_barrier_sync(kFilled, Cfg::kThreads);
+    ptx::named_barrier_arrive(kTaken, Cfg::kThreads);
+  };
+  T* out = static_cast<T*>(job.out.data) + unit.batch * job.out.stride_b + head * job.out.stride_h +
+           unit.row_begin * job.out.stride_n + first_col;
+  const float slope = simt::slope_of<float>(p, unit.sequence, head);
+  if (threadIdx.x == 0) {
+    const State& initial = job.initial;
+    const MutableState& final = job.final;
+    storage.initial = nullptr;
+    if (initial.data != nullptr && unit.segment == 0)
+      storage.initial = static_cast<const float*>(initial.data) + unit.sequence * initial.stride_s +
+                        head * initial.stride_h + first_col * initial.stride_e;
+    storage.final = nullptr;
+    if (final.data != nullptr && unit.valid && is_last)
+      storage.final = static_cast<float*>(final.data) + unit.sequence * final.stride_s + head * final.stride_h +
+                      first_col * final.stride_e;
+    storage.local = static_cast<float*>(job.local.data) + unit_idx * job.local.stride_s + head * job.local.stride_h +
+                    slice * (Cfg::kTileA * Cfg::kSlice);
+    storage.segment = static_cast<int>(unit.segment), storage.num_segments = static_cast<int>(unit.num_segments);
+    storage.slope = slope;
+    storage.gathers_all = gathered == num_chunks;
+  }
+  smem.decay.fill(slope, threadIdx.x, 32 * Cfg::kWarps);
+  ptx::named_barrier_sync(kOthers, 32 * Cfg::kWarps);
+
+  // One piece of code for all: gathering, the main pass, and before them, until the first chunk is there, a step whose
+  // results are dropped. It fetches the code of the main pass.
+  enum Pass { kFetching, kGathering, kMain };
+#pragma unroll 1
+  for (int pass = ptx::opaque(kFetching); pass <= kMain; ++pass) {
+    const int end = pass == kMain ? num_steps : pass == kGathering ? gathered : 1;
+    StateFragment<Cfg> z = {};
+    bool has_state = pass == kFetching;
+    if (pass == kMain && storage.segment > 0) {
+      // What leaves the segment before.
+      for_each_state_vector<Cfg>(z, storage.local - job.local.stride_s, me, [](float (&x)[4], const float* at) {
+        const float4 vec = *reinterpret_cast<const float4*>(at);
+        x[0] = vec.x, x[1] = vec.y, x[2] = vec.z, x[3] = vec.w;
+      });
+      has_state = true;
+    } else if (pass != kFetching && storage.initial != nullptr && (pass == kMain || storage.gathers_all)) {
+      const State& s = job.initial;
+      for_each_state_element<Cfg>(z, storage.initial, ptx::opaque(s.stride_d), ptx::opaque(s.stride_e),
+                                  ptx::opaque(job.dim_a), ptx::opaque(cols), me,
+                                  [](float& element, const float* stored) { element = *stored; });
+      has_state = true;
+    }
+#pragma unroll 1
+    for (int step = pass == kMain ? gathered : 0; step < end; ++step) {
+      if (pass != kFetching) meet();
+      // Nothing is copied into the last stage at first.
+      const int rows = pass == kFetching ? 0 : rows_of(step);
+      const int stage = pass == kFetching ? kStages - 1 : step % kStages;
+      if (pass != kGathering) {
+        OutFragment<Cfg> o = {};
+        if (has_state) inter<Cfg>(o, z, smem, stage, static_cast<float>(job.inter), kReverse, rows, me);
+        intra<Cfg, kReverse>(o, smem.scores[step % 2], smem.c[stage], me);
+        store_out<Cfg>(out, job.out.stride_n, o, rows, cols, me);
+        if (pass == kMain) out += Cfg::kChunk * job.out.stride_n;
+      }
+      if (step + 1 < num_steps || storage.final != nullptr) {
+        update_state<Cfg>(z, smem, stage, static_cast<float>(job.update), kReverse, rows, me);
+        has_state = true;
+      }
+    }
+    if (pass == kFetching) continue;
+    if (pass == kMain) {
+      if (storage.final == nullptr) return;
+      const MutableState& s = job.final;
+      for_each_state_element<Cfg>(z, storage.final, ptx::opaque(s.stride_d), ptx::opaque(s.stride_e),
+                                  ptx::opaque(job.dim_a), ptx::opaque(cols), me,
+                                  [](float& element, float* stored) { *stored = element; });
+      return;
+    }
+    if (gathered > 0)
+      for_each_state_vector<Cfg>(z, storage.local, me, [](float (&x)[4], float* at) {
+        __stwb(reinterpret_cast<float4*>(at), make_float4(x[0], x[1], x[2], x[3]));
+      });
+    auto arrival = grid.barrier_arrive();
+    meet();
+    grid.barrier_wait(std::move(arrival));
+    grid.sync();
+  }
+}
+
+}  // namespace la2::sm80
