@@ -16,7 +16,7 @@ __device__ __forceinline__ int opaque(int value) {
   return value;
 }
 
-__device__ __forceinline__ int64_t opaque(int64_t value) {
+__device__ __forceinline__ int64_t opaque_wide(int64_t value) {
   asm volatile("" : "+l"(value));
   return value;
 }

@@ -217,7 +217,7 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
       has_state = true;
     } else if (pass != kFetching && storage.initial != nullptr && (pass == kMain || storage.gathers_all)) {
       const State& s = job.initial;
-      for_each_state_element<Cfg>(z, storage.initial, ptx::opaque(s.stride_d), ptx::opaque(s.stride_e),
+      for_each_state_element<Cfg>(z, storage.initial, ptx::opaque_wide(s.stride_d), ptx::opaque_wide(s.stride_e),
                                   ptx::opaque(job.dim_a), ptx::opaque(cols), me,
                                   [](float& element, const float* stored) { element = *stored; });
       has_state = true;
@@ -244,7 +244,7 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
     if (pass == kMain) {
       if (storage.final == nullptr) return;
       const MutableState& s = job.final;
-      for_each_state_element<Cfg>(z, storage.final, ptx::opaque(s.stride_d), ptx::opaque(s.stride_e),
+      for_each_state_element<Cfg>(z, storage.final, ptx::opaque_wide(s.stride_d), ptx::opaque_wide(s.stride_e),
                                   ptx::opaque(job.dim_a), ptx::opaque(cols), me,
                                   [](float& element, float* stored) { *stored = element; });
       return;
