@@ -360,7 +360,9 @@ GatedNorm check_gated_norm(const char* op, DeviceType device, const Recurrent& a
          "] (rows, heads by value dim)");
   if (weight.dim() != 1 || weight.size(0) != width)
     fail(op, ": weight has shape ", shape_text(weight), ", expected [", width, "] (heads by value dim)");
-  if (!(eps >= 0)) fail(op, ": eps is ", eps, ", expected a number that is not negative");
+  // Else a row of padding, which is zero, would be divided by zero.
+  constexpr double kLeastEps = 1.1754943508222875e-38;
+  if (!(eps >= kLeastEps)) fail(op, ": eps is ", eps, ", expected at least ", kLeastEps, ", the smallest float32");
   GatedNorm norm{readable_rows(gate), readable_rows(weight), {}};
   norm.params = {
       p.rows, width, p.dtype, nullptr, norm.gate.const_data_ptr(), norm.gate.stride(0), norm.weight.const_data_ptr(),

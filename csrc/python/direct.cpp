@@ -32,6 +32,7 @@ struct {
   PyObject* empty_like = nullptr;
   PyObject* contiguous = nullptr;  // keyword arguments of empty_like
   PyObject* requires_grad = nullptr;
+  PyObject* is_neg = nullptr;
   Library cpu, cuda;
 } torch_api;
 
@@ -72,8 +73,7 @@ struct View : DLTensor {
     return device.device_type == t.device.device_type && device.device_id == t.device.device_id;
   }
   char* at_first() const { return static_cast<char*>(data) + byte_offset; }
-  // As csrc/ops/arguments.cpp wants the rows of q, k and v: with unit stride, and aligned. (A tensor that is to be
-  // negated when it is read, the imaginary part of a conjugate, has no unit stride.)
+  // As csrc/ops/arguments.cpp wants the rows of q, k and v: with unit stride, and aligned.
   bool has_readable_rows() const {
     if (strides[2] != 1) return false;
     if (dtype.bits != 16) return true;
@@ -91,6 +91,11 @@ bool dtype_of(const View& t, DType* dtype) {
 }
 
 bool is_head_dim(int64_t dim) { return dim > 0 && dim % 8 == 0 && dim <= 256; }
+
+// Whether t is to be negated when it is read, as the imaginary part of a conjugate is: of that DLPack says nothing.
+bool is_negated(PyObject* t) {
+  return t != Py_None && is_true(Owned(PyObject_CallFunctionObjArgs(torch_api.is_neg, t, nullptr)));
+}
 
 // The tensors of a call.
 struct Decode {
@@ -117,7 +122,10 @@ struct Decode {
       if (!t->has_readable_rows()) return false;
     v_is_contiguous = v_view.is_contiguous();
     p.q = q_view.rows(), p.k = k_view.rows(), p.v = v_view.rows();
-    return fill_state(pool) && fill_slope() && fill_indices();
+    if (!fill_state(pool) || !fill_slope() || !fill_indices()) return false;
+    // There is no complex number of two bfloat16.
+    if (p.dtype != DType::kBFloat16 && (is_negated(q) || is_negated(k) || is_negated(v))) return false;
+    return !is_negated(slope) && (pool.dtype.bits == 16 || !is_negated(state));
   }
 
  private:
@@ -226,10 +234,10 @@ Library library_of(PyObject* is_plain, PyObject* decode) {
 
 PyObject* setup(PyObject*, PyObject* args) {
   PyObject *capsule, *cpu[2], *cuda[2];
-  if (!PyArg_ParseTuple(args, "OOOOOOOOO(OO)(OO)", &capsule, &torch_api.tensor, &torch_api.guards,
+  if (!PyArg_ParseTuple(args, "OOOOOOOOOO(OO)(OO)", &capsule, &torch_api.tensor, &torch_api.guards,
                         &torch_api.in_inference_mode, &torch_api.is_grad_enabled, &torch_api.is_inference,
-                        &torch_api.increment_version, &torch_api.empty_like, &torch_api.contiguous, &cpu[0], &cpu[1],
-                        &cuda[0], &cuda[1]))
+                        &torch_api.is_neg, &torch_api.increment_version, &torch_api.empty_like, &torch_api.contiguous,
+                        &cpu[0], &cpu[1], &cuda[0], &cuda[1]))
     return nullptr;
   auto* api = static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
   if (api == nullptr) return nullptr;

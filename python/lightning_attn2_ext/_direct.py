@@ -2,8 +2,9 @@
 
 `decode` gives the result, or None for whatever is not the plain case: then the operator is to be called, which does
 everything or says what is wrong. The plain case is a call on tensors of torch's own class that no one looks on at: no
-dispatch or function mode, no functorch transform, autocast, tracing or profiler, no gradients. LA2_DIRECT=0 in the
-environment, when this is imported, has every call go by the operator.
+dispatch or function mode, no functorch transform, autocast, tracing or gradients, no profiler of this thread. (An
+observer of execution traces, or a profiler of all threads that runs in another one, is not noticed.) LA2_DIRECT=0 in
+the environment, when this is imported, has every call go by the operator.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ def _set_up():
             torch.is_inference_mode_enabled,
             torch.is_grad_enabled,
             torch.Tensor.is_inference,
+            torch.Tensor.is_neg,
             getattr(torch._C, "_increment_version", torch.autograd.graph.increment_version),  # below and above it
             torch.empty_like,
             {"memory_format": torch.contiguous_format},

@@ -101,8 +101,8 @@ def lightning_attention_decode(
     """One token for each row, against a pool of states that is updated in place.
 
     `torch.ops.la2.decode`, but for the time of the host: an eager call on plain tensors that no mode, transform,
-    autocast, profiler or gradient has a part in does not pass torch's dispatcher. LA2_DIRECT=0 in the environment has
-    every call pass it.
+    autocast, gradient or profiler of this thread has a part in does not pass torch's dispatcher. LA2_DIRECT=0 in the
+    environment has every call pass it.
 
     Args:
         q, k: `[rows, H, D]`; v: `[rows, H, E]`; dtypes and head dims as for `lightning_attention`.

@@ -130,6 +130,25 @@ def test_one_pass_of_many_segments(monkeypatch, dtype, dims, segments):
         check_one_pass(monkeypatch, x, f"family=sm90,slice=64,segments={segments}")
 
 
+PLANS_OF_TWO = ["family=sm80,segments=2,passes=1", "family=sm80,segments=2,passes=3", "family=sm80,slice=64,segments=2"]
+PLANS_OF_TWO += ["family=sm90,slice=64,segments=2,passes=1", "family=sm90,slice=64,segments=2,passes=3"]
+PLANS_OF_TWO += ["family=sm90,segments=2"]
+
+
+@needs_hopper
+@pytest.mark.parametrize("plan", PLANS_OF_TWO)
+def test_segments_of_minus_zero(monkeypatch, plan):
+    """How far back a segment is gathered depends on the slope; of -0, as -log(1.) is, from its beginning."""
+    monkeypatch.setenv("LA2_PLAN", plan)
+    x = Case(heads=2, length=4500, key_dim=128, value_dim=128, dtype=BF16).make(CUDA)
+    x.slope = torch.tensor([0.0, 0.001], device=CUDA)
+    y = x.replace(slope=torch.tensor([-0.0, 0.001], device=CUDA))
+    assert_equal(la2.forward_with_state(*y.args, **y.options), la2.forward_with_state(*x.args, **x.options))
+    if "passes" not in plan:
+        grads = [la2.backward(*z.grads, *z.args, **z.options, need_dslope=False)[:3] for z in (x, y)]
+        assert_equal(*grads)
+
+
 def check_one_pass(monkeypatch, x, plan, same_bits=True):
     got = {}
     for passes in (3, 1, 1):

@@ -138,6 +138,13 @@ def spread(t):
     return torch.stack((t, t), -1)[..., 0]
 
 
+def of_one_head(step):
+    for name in ("q", "k", "v", "state"):
+        setattr(step, name, getattr(step, name)[:, :1])
+    step.slope = torch.rand(ROWS, 1, device=step.slope.device)
+    return step
+
+
 # What the operator does in another way, and what it complains of.
 DONE = {
     "float64": lambda s: change("slope", lambda t: t.double())(Step(s.q.device.type, dtype=FP64, pool_dtype=FP64)),
@@ -146,6 +153,11 @@ DONE = {
     "a pool without a unit stride": change("state", spread),
     "strided slopes": change("slope", spread),
     "strided indices": change("indices", spread),
+    "slopes to be negated": change("slope", lambda t: torch._neg_view(-t)),
+    "a slope for each row, the imaginary part of a conjugate": lambda s: change(
+        "slope", lambda t: torch.complex(t[:, :1], -t[:, :1]).conj().imag
+    )(of_one_head(s)),
+    "q to be negated": lambda s: change("q", lambda t: torch._neg_view(-t))(Step(s.q.device.type, dtype=FP32)),
     "a parameter": change("q", lambda t: torch.nn.Parameter(t.clone(), requires_grad=False)),
 }
 REFUSED = {
@@ -189,6 +201,11 @@ def test_what_the_operator_refuses(device, name):
     with pytest.raises(want.type) as raised:
         step.by_function()
     assert str(raised.value) == str(want.value)
+
+
+def test_a_pool_to_be_negated(device):
+    """The operator ends in an assertion of torch's."""
+    check_declined(change("state", lambda t: torch._neg_view(-t))(Step(device)), has_memory=False)
 
 
 def test_tensors_of_other_devices(device):

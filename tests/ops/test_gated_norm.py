@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import lightning_attn2_ext  # noqa: F401 - defines torch.ops.la2
+from lightning_attn2_ext.bench.calibrate import kernel_times
 from tests.ops.test_recurrent import Problem
 from tests.support.gpu import BF16, FP16, FP32, FP64, assert_equal, plan_id
 
@@ -130,7 +131,8 @@ WRONG = {
     "gate in double": (lambda g, w: (g.double(), w), {}, r"gate\.dtype is float64, expected float32 as for q"),
     "weight of a head": (lambda g, w: (g, w[:24]), {}, r"weight has shape \[24\], expected \[48\]"),
     "weight in half": (lambda g, w: (g, w.half()), {}, r"weight\.dtype is float16, expected float32"),
-    "eps": (lambda g, w: (g, w), {"eps": -1.0}, "eps is -1, expected a number that is not negative"),
+    "eps": (lambda g, w: (g, w), {"eps": -1.0}, "eps is -1, expected at least 1.17549e-38"),
+    "no eps": (lambda g, w: (g, w), {"eps": 0.0}, "eps is 0, expected at least"),
     "silu": (lambda g, w: (g, w), {"silu": 8}, "silu is 8, expected"),
 }
 
@@ -253,3 +255,11 @@ def test_bits_of_many_states(pool, pool_dtype, dims):
         want = la2.decode(*(t[part] for t in tokens[:3]), few, x.slope, state_indices=x.index(slots[part]), scale=0.5)
         assert_equal([got[part]], [want])
     assert torch.equal(many.nan_to_num(7), few.nan_to_num(7))
+    if pool == "vk":  # whose blocks are alike however many there are: it was another kernel that asks
+        indices = [x.index(slots[:n]) for n in (rows, rows // 2)]
+
+        def names(which):
+            part = [t[: len(which)] for t in tokens[:3]]
+            return set(kernel_times(lambda: la2.decode(*part, few, x.slope, state_indices=which, scale=0.5), 1))
+
+        assert names(indices[0]).isdisjoint(names(indices[1]))

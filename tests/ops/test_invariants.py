@@ -171,6 +171,22 @@ def test_storage_does_not_matter(device, case):
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_minus_zero_is_no_decay(device, dtype):
+    """As -log(1.) is. Long enough for segments of many chunks."""
+    x = Case(heads=2, length=3000, key_dim=64, value_dim=64, dtype=dtype).make(device)
+    x.slope = torch.zeros(2, device=device)
+    y = x.replace(slope=-x.slope)
+    assert y.slope.signbit().all()
+    for one, two in zip(everything(x), everything(y), strict=True):
+        assert torch.equal(one, two)
+
+
+def everything(x):
+    out = torch.ops.la2.forward_with_state(*x.args, **x.options)
+    return *out, *torch.ops.la2.backward(*x.grads, *x.args, **x.options)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 @pytest.mark.parametrize("lengths", (None, (3, 0, 200, 97)))
 def test_every_run_gives_the_same_bits(device, dtype, lengths):
     x = Case(heads=5, batch=2, length=300, lengths=lengths, dtype=dtype, slope="mixed").make(device)

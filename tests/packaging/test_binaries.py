@@ -82,6 +82,19 @@ def test_the_module_needs_python_alone():
     assert {name for name in needed if not RUNTIMES.fullmatch(name)} == set()
 
 
+@pytest.mark.skipif(
+    not MODULE.is_file()
+    or not hasattr(torch.Tensor, "__dlpack_c_exchange_api__")
+    or os.environ.get("LA2_DIRECT") == "0",
+    reason="not built, switched off, or a torch without DLPack's exchange API",
+)
+def test_the_module_is_used():
+    """What it asks torch are private functions: a torch that has lost one is noticed here."""
+    from lightning_attn2_ext import _direct
+
+    assert _direct.status == "available"
+
+
 @each_library
 def test_names_no_folder_of_the_build_machine(library):
     content = library.read_bytes()

@@ -48,7 +48,8 @@ class Combination {
       : job_(job), head_(head) {
     int64_t unit_idx = index;
     const Unit unit = params.units != nullptr ? find_unit(params, index) : first_unit_of(params, index, &unit_idx);
-    count_ = static_cast<int>(unit.num_segments);
+    // Offsets that descend, which nobody has checked, have more segments than there are units.
+    count_ = static_cast<int>(min(unit.num_segments, params.num_units - unit_idx));
     state_ = unit.state;
     // In the order of the sweep.
     const int64_t first = unit_idx + (job.reverse ? count_ - 1 : 0);

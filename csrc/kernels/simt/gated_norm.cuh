@@ -31,6 +31,18 @@ __device__ __forceinline__ void store_elements(T* to, const typename Accumulatio
   }
 }
 
+// Past L1: what is read before the kernels in front are done may lie there as it was before one of them changed it.
+template <class T>
+__device__ __forceinline__ void load_early(Pack<T, kNormVec>& to, const T* from) {
+  if constexpr (sizeof(T) == 2) {
+    const uint4 raw = __ldcg(reinterpret_cast<const uint4*>(from));
+    to.words[0] = raw.x, to.words[1] = raw.y, to.words[2] = raw.z, to.words[3] = raw.w;
+  } else {
+#pragma unroll
+    for (int i = 0; i < to.kWords; ++i) to.words[i] = __ldcg(reinterpret_cast<const uint32_t*>(from) + i);
+  }
+}
+
 template <class T>
 __global__ void __launch_bounds__(norm_threads(sizeof(T)), 1)
     la2_gated_norm_simt_kernel(const __grid_constant__ GatedNormParams params) {
@@ -50,8 +62,8 @@ __global__ void __launch_bounds__(norm_threads(sizeof(T)), 1)
   const Acc share = Acc(1) / static_cast<Acc>(width);
   {
     Elements raw;
-    if (is_inside) load_elements(raw, gate + first);
-    if (is_inside) load_elements(own_weight, weight + first);
+    if (is_inside) load_early(raw, gate + first);
+    if (is_inside) load_early(own_weight, weight + first);
 #pragma unroll
     for (int i = 0; i < kNormVec; ++i) sum += own_gate[i] = sigmoid(raw[i]);
   }

@@ -152,10 +152,12 @@ __device__ inline T slope_of(const TrilinearParams& params, int64_t sequence, in
 constexpr int kWindowChunk = 64;  // of the family whose states come in pieces
 
 // Chunks back from a segment's end (in the order of the sweep) that its local state needs: what is further back has
-// decayed under 2^-40, which no result of 16 bits can show unless inputs differ by more than 2^30 in magnitude.
+// decayed under 2^-40, which no result of 16 bits can show unless inputs differ by more than 2^30 in magnitude. All of
+// them where nothing decays (-0 is a slope as well), and where a slope is none.
 template <int kChunk = kWindowChunk>
 __device__ inline int window_chunks(float slope, int num_chunks) {
   constexpr float kNatsOfWindow = 40 * 0.6931472f;
+  if (!(slope > 0)) return num_chunks;
   const float chunks = kNatsOfWindow / (slope * kChunk) + 1;
   return chunks < static_cast<float>(num_chunks) ? static_cast<int>(chunks) + 1 : num_chunks;
 }

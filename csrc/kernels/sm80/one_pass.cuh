@@ -193,7 +193,10 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
                       first_col * final.stride_e;
     storage.local = static_cast<float*>(job.local.data) + unit_idx * job.local.stride_s + head * job.local.stride_h +
                     slice * (Cfg::kTileA * Cfg::kSlice);
-    storage.segment = static_cast<int>(unit.segment), storage.num_segments = static_cast<int>(unit.num_segments);
+    // Offsets that descend, which nobody has checked, have more segments than there are units.
+    const int most = static_cast<int>(p.num_units) - (unit_idx - static_cast<int>(unit.segment));
+    storage.segment = static_cast<int>(unit.segment);
+    storage.num_segments = min(static_cast<int>(unit.num_segments), most);
     storage.slope = slope;
     storage.gathers_all = gathered == num_chunks;
   }
