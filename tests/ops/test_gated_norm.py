@@ -49,7 +49,8 @@ def normed(rows, gate, weight):
 
 def check_rounded_once(got, want, dtype):
     info = torch.finfo(dtype)
-    # Where dtype has the digits of the arithmetic, that rounds several times.
+    # Where dtype has the digits of the arithmetic, that rounds several times: exp and root by up to two units each, the
+    # mean, the quotient and three products by one or so. Twice the ten of that.
     rounding = 0.51 * info.eps if dtype in (BF16, FP16) else 20 * info.eps
     assert ((got.double() - want).abs() <= rounding * want.abs() + info.smallest_normal * info.eps).all()
 
