@@ -12,7 +12,8 @@ struct Tile {
   int chunk = 0;   // tokens to a chunk
 };
 
-// Whether an sm80 block has warps that compute scores a chunk ahead.
+// Whether an sm80 block has warps that compute scores a chunk ahead. Then blocks come unit by unit, a sequence's last
+// segment at the end; else job by job.
 constexpr bool sm80_is_ahead(const Tile& t, bool slope_grad) {
   return t.tile_a == 128 && t.slice == 128 && !slope_grad;
 }

@@ -82,9 +82,9 @@ struct TrilinearParams {
   // the first segment's state has the initial one in it, so that the combine pass need not know it. That pass leaves at
   // a unit the state that leaves it (and enters the next one).
   int64_t local_floats;
-  // In that order a segment's state may come in pieces, so that long walks are shared out: what piece 0, its last
-  // piece_chunks chunks in the order of the sweep, adds to the state that leaves the segment; piece 1, those before;
-  // and so on, the last one all that is left. Piece p is num_units p states further on. Sums replace piece 0.
+  // A segment's state may come in pieces, so that long walks are shared out: what piece 0, its last piece_chunks chunks
+  // of 64 in the order of the sweep, adds to the state that leaves the segment; piece 1, those before; and so on, the
+  // last one all that is left. Piece p is num_units p states further on. Sums replace piece 0.
   int32_t num_pieces, piece_chunks;
   const UnitEntry* units;  // [num_units], packed sequences: this table says what is where, not cu_seqlens
   // The state pass walks whole sequences (one segment each) from job.initial to job.final, and makes no outputs.

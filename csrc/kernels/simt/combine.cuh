@@ -39,10 +39,11 @@ __device__ inline bool is_behind_all(const TrilinearParams& params, int64_t inde
 
 // One sequence (has_segments) and head: what is known before anything was gathered, and then its elements. kIsOpaque:
 // params.local_floats is not 0. kAhead: segments whose loads are in flight at once.
-template <class T, bool kIsOpaque, int kAhead = 16>
+template <class T, bool kIsOpaque, int kAhead>
 class Combination {
  public:
   static constexpr int kSize = sizeof(Vec<T>) / sizeof(T);
+  static constexpr bool kHasPieces = sizeof(T) == sizeof(float);  // the 16-bit families'
 
   __device__ Combination(const TrilinearParams& params, const TrilinearJob& job, int64_t index, int64_t head)
       : job_(job), head_(head) {
@@ -59,7 +60,7 @@ class Combination {
     const int64_t last_len = unit.seq_length - (count_ - 1) * params.segment_len;
     decay_ = rounded_decay_power(slope, static_cast<int>(params.segment_len));
     decay_of_first_ = job.reverse ? rounded_decay_power(slope, static_cast<int>(last_len)) : decay_;
-    if constexpr (kIsOpaque) {
+    if constexpr (kHasPieces) {
       pieces_ = pieces_of(params, slope, params.segment_len);
       pieces_of_first_ = job.reverse ? pieces_of(params, slope, last_len) : pieces_;
       piece_step_ = params.num_units * job.local.stride_s;
@@ -81,7 +82,7 @@ class Combination {
 #pragma unroll
       for (int i = 0; i < kAhead; ++i, from += step_)
         if (first + i + 1 < count_) gathered[i] = load_vec(from);  // nobody gathered the last one
-      if constexpr (kIsOpaque) add_pieces(gathered, place, first);
+      if constexpr (kHasPieces) add_pieces(gathered, place, first);
 #pragma unroll
       for (int i = 0; i < kAhead; ++i, place += step_) {
         if (first + i >= count_) break;
@@ -136,7 +137,7 @@ class Combination {
 template <class T, bool kIsOpaque>
 __global__ void __launch_bounds__(kCombineThreads)
     la2_combine_simt_kernel(const __grid_constant__ TrilinearParams params, int element_blocks, int num_items) {
-  using Elements = Combination<T, kIsOpaque>;
+  using Elements = Combination<T, kIsOpaque, kIsOpaque ? 16 : 8>;  // 8: registers for two blocks an SM
   const TrilinearJob& job = params.jobs[blockIdx.y];
   bool has_waited = false;
   ptx::launch_dependents();

@@ -149,7 +149,7 @@ __device__ inline T slope_of(const TrilinearParams& params, int64_t sequence, in
   return static_cast<const T*>(slope.data)[sequence * slope.stride_s + head * slope.stride_h];
 }
 
-constexpr int kWindowChunk = 64;  // of the family whose states come in pieces
+constexpr int kWindowChunk = 64;  // pieces are made of; every family's chunk divides it
 
 // Chunks back from a segment's end (in the order of the sweep) that its local state needs: what is further back has
 // decayed under 2^-40, which no result of 16 bits can show unless inputs differ by more than 2^30 in magnitude. All of

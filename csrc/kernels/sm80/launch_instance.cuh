@@ -27,10 +27,12 @@ cudaError_t launch(TrilinearParams params, const LaunchOptions& options, cudaStr
     if (needed > slices) slices = needed;
   }
   for (int i = 0; i < params.num_jobs; ++i) params.jobs[i].by_slices = Division::by(slices > 0 ? slices : 1);
-  const int64_t blocks = slices * params.sizes.heads * params.num_units;
+  const int64_t jobs_in_x = Cfg::kAhead ? params.num_jobs : 1;
+  const int64_t blocks = slices * params.sizes.heads * params.num_units * jobs_in_x;
   if (blocks == 0) return cudaSuccess;
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-  const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(params.num_jobs));
+  const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(params.num_jobs / jobs_in_x),
+                  Cfg::kStateOnly ? static_cast<unsigned>(params.num_pieces) : 1);
   if (options.in_one_pass) {
     if constexpr (kHasOnePass<Cfg>) {
       constexpr int kShared = sizeof(OnePassStorage<Cfg>);

@@ -25,7 +25,7 @@ namespace la2::sm80 {
 // kTileA: Da rounded up to a tile, the missing columns read as zero. kSlice: the columns of c and out of a block.
 // kSplit: the two operands that are rounded from float32, the state and the weighted c, go in as a sum of two 16-bit
 // numbers. The gradients need it for an error below that of their own rounding (../DESIGN.md); out does not.
-// kStateOnly: only the state is gathered, from zero, into job.local.
+// kStateOnly: only the state is gathered, from zero, into job.local, or a piece of it.
 template <class T_, int kTileA_, int kSlice_, bool kSplit_, bool kSlopeGrad_, bool kStateOnly_>
 struct Config {
   using T = T_;
@@ -61,12 +61,9 @@ struct Config {
   using TileP = tile::SharedTile<T, kChunk, kChunk>;
 
   static constexpr int kScoreTiles = kAhead ? 2 : 1;
-  static constexpr int kMainStages = kAhead ? 3 : 2;
-  // The state pass has no a and no scores: as many stages as there is room for.
-  static constexpr int kStateStages =
-      (kMainStages * (2 * sizeof(TileA) + sizeof(TileC)) + kScoreTiles * sizeof(TileP)) /
-      (sizeof(TileA) + sizeof(TileC));
-  static constexpr int kStages = kStateOnly ? kStateStages : kMainStages;
+  // The state pass has no a and no scores, and room for as many. With five, a helper was stuck issuing copies that
+  // nobody waited for (../DESIGN.md).
+  static constexpr int kStages = kAhead || kStateOnly ? 3 : 2;
 };
 
 template <class Cfg>
@@ -440,7 +437,12 @@ __device__ __forceinline__ float sum_of_warp(float value) {
 
 // One block walks one segment of one sequence, for one head and one slice of Dc.
 //
-// Grid: x = slices x heads x units (slices fastest, so that the blocks sharing a and b run together), y = jobs.
+// Grid: x = slices x heads x units (slices fastest, so that the blocks sharing a and b run together), y = jobs, z = the
+// state pass's pieces, those that every segment has first.
+// kAhead: x = slices x heads x jobs x units, since a sequence's last one may be short and fill what others leave;
+// in the state pass slices x jobs x units x heads, the last head first, whose slope is the flattest as a rule and its
+// window the longest.
+//
 // Chunk by chunk:   copy(i+1) ...................................................
 //                   | scores(i), inter(i) | barrier | intra(i), out(i), update(i) | barrier
 // kAhead, helpers:  | copy(i+2), scores(i+1)                            | barrier
@@ -454,12 +456,27 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
   extern __shared__ __align__(128) char raw[];
   SharedStorage<Cfg>& smem = *reinterpret_cast<SharedStorage<Cfg>*>(raw);
   const Lane me;
-  const TrilinearJob& job = p.jobs[blockIdx.y];
+  const Division& by_slices = p.jobs[0].by_slices;
+  const int group = by_slices.small_quotient(blockIdx.x);
+  const int slice = static_cast<int>(blockIdx.x) - group * static_cast<int>(by_slices.divisor);
+  int unit_idx, head, job_idx = static_cast<int>(blockIdx.y);
+  if constexpr (!Cfg::kAhead) {
+    unit_idx = p.by_heads.small_quotient(group), head = group - unit_idx * static_cast<int>(p.sizes.heads);
+  } else {
+    int unit_and_job;
+    if constexpr (kStateOnly) {
+      const int of_head = static_cast<int>(p.num_units) * p.num_jobs, heads_before = group / of_head;
+      unit_and_job = group - heads_before * of_head;
+      head = static_cast<int>(p.sizes.heads) - 1 - heads_before;
+    } else {
+      unit_and_job = p.by_heads.small_quotient(group);
+      head = group - unit_and_job * static_cast<int>(p.sizes.heads);
+    }
+    unit_idx = p.num_jobs == 1 ? unit_and_job : p.num_jobs == 2 ? unit_and_job / 2 : unit_and_job / kMaxJobs;
+    job_idx = unit_and_job - unit_idx * p.num_jobs;
+  }
+  const TrilinearJob& job = p.jobs[job_idx];
   const bool reverse = job.reverse;
-
-  const int group = job.by_slices.small_quotient(blockIdx.x);
-  const int slice = static_cast<int>(blockIdx.x) - group * static_cast<int>(job.by_slices.divisor);
-  const int unit_idx = p.by_heads.small_quotient(group), head = group - unit_idx * static_cast<int>(p.sizes.heads);
   const int first_col = slice * Cfg::kSlice;
   const int cols = min(job.dim_c - first_col, Cfg::kSlice);
   ptx::launch_dependents();
@@ -531,31 +548,38 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
     ptx::named_barrier_arrive(kFilled, Cfg::kThreads);
     ptx::named_barrier_sync(kTaken, Cfg::kThreads);
   };
+  int first_step = 0, end_step = num_chunks;
   // What those who copy do then.
   auto prepare = [&](int step) {
-    if (step + kStages - 1 < num_chunks) start_copy(step + kStages - 1);
+    if (step + kStages - 1 < end_step) start_copy(step + kStages - 1);
     ptx::cp_async_commit();
     if constexpr (kLead) {
-      if (step + 1 < num_chunks)
+      if (step + 1 < end_step)
         scores<Cfg>(smem.scores[(step + 1) % 2], smem, (step + 1) % kStages, static_cast<float>(job.intra), reverse,
                     me.warp - Cfg::kWarps, me);
     }
   };
   const bool helps = Cfg::kAhead && me.warp >= Cfg::kWarps;
   // What decay leaves nothing of need not be gathered. Few chunks are not worth waiting for the slope.
-  int first_step = 0;
-  if (kStateOnly && !p.states_alone && num_chunks > kFewChunks)
-    first_step =
-        num_chunks - simt::window_chunks<Cfg::kChunk>(simt::slope_of<float>(p, unit.sequence, head), num_chunks);
+  if (kStateOnly && !p.states_alone) {
+    const int piece = static_cast<int>(blockIdx.z);
+    if (piece > 0 && piece >= simt::pieces_of(p, simt::slope_of<float>(p, unit.sequence, head), unit.length)) return;
+    if (num_chunks > kFewChunks)
+      first_step =
+          num_chunks - simt::window_chunks<Cfg::kChunk>(simt::slope_of<float>(p, unit.sequence, head), num_chunks);
+    const int piece_chunks = p.piece_chunks * (simt::kWindowChunk / Cfg::kChunk);
+    end_step -= piece * piece_chunks;
+    if (piece + 1 < p.num_pieces) first_step = max(first_step, end_step - piece_chunks);
+  }
   if (!Cfg::kAhead || helps) {
     for (int step = first_step; step < first_step + kStages - 1 - kLead; ++step) {
-      if (step < num_chunks) start_copy(step);
+      if (step < end_step) start_copy(step);
       ptx::cp_async_commit();
     }
   }
   smem.decay.fill(simt::slope_of<float>(p, unit.sequence, head), threadIdx.x, Cfg::kThreads);
   if (helps) {
-    for (int step = first_step - kLead; step < num_chunks; ++step) {
+    for (int step = first_step - kLead; step < end_step; ++step) {
       meet_as_helper();
       prepare(step);
     }
@@ -586,7 +610,7 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
   const bool to_local = kStateOnly && !p.states_alone;
   const MutableState& leaving = to_local ? job.local : job.final;
   const bool wants_state = leaving.data != nullptr && (to_local || is_last);
-  for (int step = first_step; step < num_chunks; ++step) {
+  for (int step = first_step; step < end_step; ++step) {
     meet();
     if (!Cfg::kAhead) prepare(step);
     const int chunk = chunk_at(step), rows = rows_of(chunk), stage = step % kStages;
@@ -645,7 +669,20 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
   }
 
   if (wants_state) {
-    const int64_t slot = to_local ? unit_idx : kPool ? simt::slot_of(leaving, unit.state) : unit.sequence;
+    const int piece = to_local ? ptx::opaque(static_cast<int>(blockIdx.z)) : 0;
+    if (kStateOnly && piece > 0) {  // behind it are whole chunks
+      const float decay = rounded_decay_power(simt::slope_of<float>(p, unit.sequence, head),
+                                              piece * p.piece_chunks * simt::kWindowChunk);
+#pragma unroll
+      for (int g = 0; g < Cfg::kBlockCols; ++g)
+#pragma unroll
+        for (int n = 0; n < Cfg::kTileA / 8; ++n)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) z[g][n][i] *= decay;
+    }
+    const int64_t slot = to_local ? unit_idx + piece * p.num_units
+                         : kPool  ? simt::slot_of(leaving, unit.state)
+                                  : unit.sequence;
     if (slot < 0) return;
     // Computed once more: the loop has no register to keep it.
     const int block = ptx::opaque(static_cast<int>(blockIdx.x)), slices = static_cast<int>(job.by_slices.divisor);
