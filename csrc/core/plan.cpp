@@ -26,16 +26,17 @@ struct TileCost {
   Tile tile;
   int blocks_per_sm;  // by registers
   ChunkCost main, state_only;
-  // Beside out: gradients, whose operands are split; the same with the slope gradient's sums.
-  double split = 1, with_dots = 1;
+  // Beside out: gradients, whose operands are split; dq and dk with the slope gradient's sums, and dv beside them in
+  // the same kernel (0: as those).
+  double split = 1, with_dots = 1, beside_dots = 0;
 };
 
 // sm80: chunks of 64 tokens, 32 where Da is 256 (two stages within 99 KB).
 constexpr TileCost kSm80Tiles[] = {
     {{64, 64, 64}, 2, {2.25, 1.53}, {0.85, 0.65}, 1.18, 1.18},
     {{64, 128, 64}, 1, {2.75, 2.75}, {1.20, 1.20}, 1.18, 1.18},
-    {{128, 64, 64}, 2, {2.88, 2.12}, {1.20, 0.87}, 1.18, 1.18},
-    {{128, 128, 64}, 1, {2.85, 2.85}, {1.20, 1.20}, 1.36, 1.55},
+    {{128, 64, 64}, 2, {2.88, 2.12}, {1.20, 0.87}, 1.18, 1.96, 1.18},
+    {{128, 128, 64}, 1, {2.85, 2.85}, {1.20, 1.20}, 1.36, 2.80, 1.65},
     {{256, 64, 32}, 2, {2.23, 1.60}, {1.30, 0.75}, 1.18, 1.18},
 };
 constexpr double kSplitStateCost = 1.22;
@@ -56,6 +57,14 @@ constexpr double kNextBlockUs = 2.0;  // a block that starts where another one h
 // where they do not, which was not measured.
 constexpr double kCutOverlappedUs = 6.0, kCutUs = 12.0, kCombineGBs = 1500;
 constexpr double kOnePassUs = 13.0;  // the same where all passes are one kernel
+// The same of gradients of tiles of 128, so much more, and of what pieces add: fitted to 96 plans
+// (csrc/kernels/DESIGN.md, "Backward in pieces").
+constexpr double kCutGradientsUs = 1.2, kCombineGradientsGBs = 2500, kPiecesGBs = 4000;
+// A window's tokens at a slope of 1 (simt/units.cuh, window_chunks), the octaves that the usual slopes span, 2^-8 to 1,
+// and their weight beside no decay at all.
+constexpr double kWindowOfOne = 27.7, kOctaves = 8, kUsual = 0.75;
+constexpr int64_t kMostPieces = 8, kLeastPieceChunks = 4;
+constexpr double kWorthwhileCutAgain = 0.99;  // kWorthwhile of gradients without slopes' that are cut in any case
 
 struct Job {
   int64_t dim_a, dim_c;
@@ -88,17 +97,38 @@ int64_t shared_bytes(Family family, const Tile& tile, bool slope_grad) {
   return family == Family::kSm80 ? sm80_shared_bytes(tile, slope_grad) : 48 * 1024;
 }
 
-// What `blocks` blocks take that walk `tokens` tokens each, beside the launch itself.
-double walking_us(const TileCost& cost, const ChunkCost& chunk, int64_t blocks, int64_t tokens,
-                  const DeviceProps& device, bool slope_grad, Family family) {
-  if (blocks == 0 || tokens == 0) return 0;
+// Blocks that an SM has room for.
+int64_t fitting_blocks(const TileCost& cost, const DeviceProps& device, bool slope_grad, Family family) {
   const int64_t bytes = shared_bytes(family, cost.tile, slope_grad) + 1024;
-  const int64_t fitting = std::max<int64_t>(1, std::min<int64_t>(cost.blocks_per_sm, device.shared_per_sm / bytes));
-  const int64_t resident = std::min(fitting, ceil_div(blocks, device.num_sms));
-  const int64_t waves = ceil_div(blocks, resident * device.num_sms);
-  const double per_chunk = std::max(chunk.alone, static_cast<double>(resident) * chunk.shared);
-  return static_cast<double>(waves * ceil_div(tokens, cost.tile.chunk)) * per_chunk +
-         static_cast<double>(waves - 1) * kNextBlockUs;
+  return std::max<int64_t>(1, std::min<int64_t>(cost.blocks_per_sm, device.shared_per_sm / bytes));
+}
+
+// Blocks that walk so many tokens each.
+struct Walk {
+  int64_t blocks = 0, tokens = 0;
+};
+
+// What `whole` takes and, started behind it, `rest`, whose walks are no longer, beside the launch itself.
+double walking_us(const TileCost& cost, const ChunkCost& chunk, const Walk& whole, const Walk& rest,
+                  const DeviceProps& device, bool slope_grad, Family family) {
+  const int64_t blocks = whole.blocks + rest.blocks;
+  if (blocks == 0 || whole.tokens == 0) return 0;
+  const int64_t resident =
+      std::min(fitting_blocks(cost, device, slope_grad, family), ceil_div(blocks, device.num_sms)) * device.num_sms;
+  const double per_chunk = std::max(chunk.alone, static_cast<double>(resident / device.num_sms) * chunk.shared);
+  auto walk_us = [&](int64_t tokens) { return static_cast<double>(ceil_div(tokens, cost.tile.chunk)) * per_chunk; };
+  auto turns_us = [&](int64_t turns, int64_t tokens) {
+    return turns == 0 ? 0 : static_cast<double>(turns) * (walk_us(tokens) + kNextBlockUs) - kNextBlockUs;
+  };
+  // The last wave's walks, and beside them those of the rest, one behind another.
+  const int64_t waves = ceil_div(whole.blocks, resident), beside = waves * resident - whole.blocks;
+  if (rest.blocks == 0) return turns_us(waves, whole.tokens);
+  const double rest_us = turns_us(ceil_div(rest.blocks, std::max<int64_t>(beside, 1)), rest.tokens);
+  const double behind_us =
+      turns_us(waves, whole.tokens) + kNextBlockUs + turns_us(ceil_div(rest.blocks, resident), rest.tokens);
+  if (beside == 0) return behind_us;
+  const double before_us = waves == 1 ? 0 : turns_us(waves - 1, whole.tokens) + kNextBlockUs;
+  return std::min(behind_us, before_us + std::max(walk_us(whole.tokens), rest_us));
 }
 
 const char* dtype_text(DType dtype) {
@@ -141,6 +171,8 @@ Status parse_forced(const std::string& text, Forced* forced) {
       if (Status s = parse_number("LA2_PLAN: slice", value, &forced->slice); !s.is_ok()) return s;
     } else if (key == "segments") {
       if (Status s = parse_number("LA2_PLAN: segments", value, &forced->segments); !s.is_ok()) return s;
+    } else if (key == "segment_len") {
+      if (Status s = parse_number("LA2_PLAN: segment_len", value, &forced->segment_len); !s.is_ok()) return s;
     } else if (key == "cluster") {
       if (Status s = parse_number("LA2_PLAN: cluster", value, &forced->cluster); !s.is_ok()) return s;
       if (forced->cluster != 1 && forced->cluster != 2 && forced->cluster != 4)
@@ -155,7 +187,7 @@ Status parse_forced(const std::string& text, Forced* forced) {
       if (Status s = parse_number("LA2_PLAN: pieces", value, &forced->pieces); !s.is_ok()) return s;
     } else {
       return Status::error("LA2_PLAN: unknown key '" + key +
-                           "', expected family, slice, segments, cluster, blocks, passes or pieces");
+                           "', expected family, slice, segments, segment_len, cluster, blocks, passes or pieces");
     }
   }
   return Status::ok();
@@ -197,47 +229,147 @@ std::vector<int64_t> counts_with_one_pass(const Problem& p, const DeviceProps& d
   return counts;
 }
 
-// The plan with these tiles and this number of segments, and its predicted time.
+// Of so many heads, whose slopes are 2^-8, 2^(-8 + 8 / heads), .., the share whose window is longer than that.
+double share_beyond(double tokens, int64_t heads) {
+  const double octaves = std::min(std::log2(std::max(tokens / kWindowOfOne, 1.0)), kOctaves);
+  const double count = static_cast<double>(std::max<int64_t>(heads, 1));
+  return 1 - std::floor(count * octaves / kOctaves) / count;
+}
+
+// Pieces that are gathered of a segment where slopes are the usual ones.
+double usual_pieces(const Plan& plan, int64_t heads) {
+  double pieces = 1;
+  for (int piece = 1; piece < plan.num_pieces; ++piece)
+    pieces += share_beyond(static_cast<double>(piece * plan.piece_chunks * kSegmentStep), heads);
+  return pieces;
+}
+
+// The host does not know the slopes: without decay every piece is gathered, with the usual ones few are. The mean.
+double expected(double without_decay, double usual) { return (1 - kUsual) * without_decay + kUsual * usual; }
+
+// Pieces of a segment besides the one that every segment has.
+double more_pieces(const Plan& plan, int64_t heads) { return expected(plan.num_pieces, usual_pieces(plan, heads)) - 1; }
+
+// The state pass, of so many segments.
+double gathering_us(const Problem& p, const TileCost& cost, const Walk& segments, const Plan& plan,
+                    const DeviceProps& device, Family family) {
+  const ChunkCost& chunk = cost.state_only;
+  if (family == Family::kSimt) return walking_us(cost, chunk, segments, {}, device, false, family);
+  Walk pieces = segments;
+  pieces.blocks *= plan.num_pieces;
+  pieces.tokens = std::min(segments.tokens, kLongestWindow);
+  if (plan.num_pieces == 1) return walking_us(cost, chunk, pieces, {}, device, false, family);
+  pieces.tokens = std::min(pieces.tokens, plan.piece_chunks * kSegmentStep);
+  Walk usual = pieces;
+  usual.blocks = std::llround(static_cast<double>(segments.blocks) * usual_pieces(plan, p.heads));
+  return expected(walking_us(cost, chunk, pieces, {}, device, false, family),
+                  walking_us(cost, chunk, usual, {}, device, false, family));
+}
+
+// Whether the costs of cutting are those that were fitted with pieces: of gradients of tiles of 128.
+bool is_fitted(const Problem& p, const TileCost& tile) {
+  return p.backward && family_for(p.dtype) == Family::kSm80 && tile.tile.tile_a == 128;
+}
+
+// The length of a segment, and how many pieces its state is gathered in.
+struct Cut {
+  int64_t segment_len, pieces;
+};
+
+// Cuts to consider. Backward also segments of which a sequence's last one is short, so that SMs which so many whole
+// ones leave idle walk several of those one behind another; and pieces. Forwards, which have one pass, gained nothing
+// by them (csrc/kernels/DESIGN.md), and packed calls were not measured.
+std::vector<Cut> cuts_to_consider(const Problem& p, const DeviceProps& device, Family family, const Forced& forced,
+                                  const TileCost& tile, const std::vector<Job>& jobs) {
+  const bool has_pieces = family == Family::kSm80 && !p.is_extend;
+  const bool is_free = has_pieces && p.backward && sm80_is_ahead(tile.tile, false) && (!p.packed || p.num_seqs == 1);
+  std::vector<Cut> cuts;
+  auto consider = [&](int64_t segment_len) {
+    if (has_pieces && forced.pieces != 0) {
+      cuts.push_back({segment_len, forced.pieces});
+      return;
+    }
+    const int64_t most = is_free ? std::min(kMostPieces, segment_len / (kLeastPieceChunks * kSegmentStep)) : 1;
+    for (int64_t pieces = 1; pieces <= std::max<int64_t>(most, 1); pieces += pieces < 4 ? 1 : 4)
+      cuts.push_back({segment_len, pieces});
+  };
+  if (forced.segment_len != 0) {
+    consider(forced.segment_len);
+    return cuts;
+  }
+  int64_t width = 0;
+  for (const Job& job : jobs) width += p.heads * ceil_div(job.dim_c, tile.tile.slice);
+  width *= p.num_seqs;
+  const int64_t resident = fitting_blocks(tile, device, p.slope_grad, family) * device.num_sms;
+  for (const int64_t segments : counts_with_one_pass(p, device, forced)) {
+    consider(segment_len_of(p, segments));
+    if (!is_free || !sm80_is_ahead(tile.tile, p.slope_grad) || forced.segments != 0 || width == 0) continue;
+    const int64_t beside = ceil_div(segments * width, resident) * resident - segments * width;
+    if (beside == 0 || beside >= width) continue;
+    const int64_t turns = ceil_div(width, beside);
+    consider(ceil_div(ceil_div(p.length * turns, segments * turns + 1), kSegmentStep) * kSegmentStep);
+  }
+  return cuts;
+}
+
+// The plan with these tiles, cut so, and its predicted time.
 Candidate evaluate(const Problem& p, const DeviceProps& device, Family family, const Forced& forced,
                    const std::vector<const TileCost*>& tiles, const std::vector<std::vector<Job>>& launches,
-                   int64_t segments) {
+                   const Cut& wanted) {
   Candidate candidate;
   Plan& plan = candidate.plan;
   plan.family = family;
   plan.num_launches = static_cast<int>(launches.size());
   for (size_t i = 0; i < tiles.size(); ++i) plan.tiles[i] = tiles[i]->tile;
   plan.state_tiles[0] = plan.tiles[0];
-  const bool cut = cut_into_segments(p, segments, &plan);
+  const bool cut = cut_into_segments(p, wanted.segment_len, &plan);
+  if (cut && wanted.pieces > 1) cut_into_pieces(wanted.pieces, &plan);
   if (p.slope_grad) {
     const int64_t slots = p.batch * p.length / plan.tiles[0].chunk + p.num_seqs;
     plan.dot_floats = 2 * slots * p.heads * ceil_div(p.dim_k, plan.tiles[0].slice) * 3;
   }
 
-  const int64_t units = busy_units(p, plan), walked = std::min(plan.segment_len, std::max<int64_t>(p.length, 1));
+  const int64_t tokens = std::max<int64_t>(p.length, 1), walked = std::min(plan.segment_len, tokens);
+  const int64_t units = busy_units(p, plan), last_len = tokens - (plan.num_segments - 1) * plan.segment_len;
   const bool is_split = p.backward && family == Family::kSm80;
+  const bool fitted = is_fitted(p, *tiles[0]);
+  // A sequence's last segment: its state nobody needs, and it may be short. (In costs that were fitted without it,
+  // those of gradients alone; packed, nobody knows.)
+  const int64_t last_ones = fitted && (!p.packed || p.num_seqs == 1) ? p.num_seqs : 0;
   double us = 0;
   for (size_t i = 0; i < launches.size(); ++i) {
-    int64_t blocks = 0, state_blocks = 0;
-    for (size_t j = 0; j < launches[i].size(); ++j) {
-      const int64_t slices = ceil_div(launches[i][j].dim_c, tiles[i]->tile.slice);
-      blocks += units * p.heads * slices;
-      if (j < 2) state_blocks += units * p.heads * slices;  // dv shares dk's states
-    }
+    const bool has_rest = last_ones > 0 && cut && last_len < walked && sm80_is_ahead(tiles[i]->tile, p.slope_grad);
+    Walk whole{0, walked}, rest{0, last_len};
+    int64_t gathered = 0;
     const double beside_out = !is_split ? 1.0 : p.slope_grad ? tiles[i]->with_dots : tiles[i]->split;
-    us += kLaunchUs + beside_out * walking_us(*tiles[i], tiles[i]->main, blocks, walked, device, p.slope_grad, family);
-    if (cut && i == 0) {
-      const int64_t gathered = family == Family::kSm80 ? std::min(walked, kLongestWindow) : walked;
-      us += walking_us(*tiles[i], tiles[i]->state_only, state_blocks, gathered, device, false, family) *
-            (is_split ? kSplitStateCost : 1.0);
+    const bool has_quick_dv = p.slope_grad && launches[i].size() == 3 && tiles[i]->beside_dots > 0;
+    if (has_quick_dv)  // behind dq and dk
+      rest.tokens = std::llround(static_cast<double>(walked) * tiles[i]->beside_dots / tiles[i]->with_dots);
+    for (size_t j = 0; j < launches[i].size(); ++j) {
+      const int64_t width = p.heads * ceil_div(launches[i][j].dim_c, tiles[i]->tile.slice);
+      const int64_t of_rest = has_rest ? last_ones : has_quick_dv && j == 2 ? units : 0;
+      whole.blocks += (units - of_rest) * width;
+      rest.blocks += of_rest * width;
+      if (j < 2) gathered += (units - last_ones) * width;  // dv shares dk's
     }
+    us += kLaunchUs + beside_out * walking_us(*tiles[i], tiles[i]->main, whole, rest, device, p.slope_grad, family);
+    if (cut && i == 0)
+      us += gathering_us(p, *tiles[i], {gathered, walked}, plan, device, family) * (is_split ? kSplitStateCost : 1.0);
   }
   const bool overlaps = device.compute_capability >= 90 && family != Family::kSimt;
-  const double between = (overlaps ? kCutOverlappedUs : kCutUs) + combine_us(p, plan, kCombineGBs);
+  const double combine = combine_us(p, plan, fitted ? kCombineGradientsGBs : kCombineGBs);
+  const double between = (overlaps ? kCutOverlappedUs : kCutUs) + (fitted ? kCutGradientsUs : 0) + combine +
+                         more_pieces(plan, p.heads) * combine_us(p, plan, kPiecesGBs);
   plan.in_one_pass = cut && forced.passes != 3 && has_one_pass(p, device, family, plan) &&
                      (kOnePassUs < between || forced.passes == 1);
   if (plan.in_one_pass)
     plan.state_floats[0] = ceil_div(p.dim_v, plan.tiles[0].slice) * plan.tiles[0].slice * plan.tiles[0].tile_a;
   if (cut) us += plan.in_one_pass ? kOnePassUs : between;
+  if (plan.in_one_pass) {
+    plan.num_pieces = 1;
+    plan.piece_chunks = 0;
+  }
+  plan.local_states *= plan.num_pieces;
   plan.predicted_us = us;
   candidate.us = us;
   return candidate;
@@ -261,11 +393,10 @@ Status plan_portable(const Problem& p, const DeviceProps& device, const Forced& 
     launches = {{dq_or_dk, dq_or_dk}, {out_or_dv}};
   }
 
-  // Every pair of slices, every number of segments, the best prediction.
+  // Every pair of slices, every cut, the best prediction.
   const int64_t slices[] = {32, 64, 128};
   bool found = false;
   double best = 0;
-  const std::vector<int64_t> segment_counts = counts_with_one_pass(p, device, forced);
   for (const int64_t slice0 : slices) {
     for (const int64_t slice1 : slices) {
       std::vector<const TileCost*> tiles;
@@ -278,12 +409,15 @@ Status plan_portable(const Problem& p, const DeviceProps& device, const Forced& 
         tiles.push_back(tile);
       }
       if (!fits || (launches.size() == 1 && slice1 != slice0)) continue;
-      for (const int64_t segments : segment_counts) {
-        const Candidate candidate = evaluate(p, device, family, forced, tiles, launches, segments);
+      for (const Cut& cut : cuts_to_consider(p, device, family, forced, *tiles[0], launches[0])) {
+        const Candidate candidate = evaluate(p, device, family, forced, tiles, launches, cut);
         if (forced.passes == 1 && !candidate.plan.in_one_pass) continue;
-        // More segments only for a gain beyond the model's precision.
-        const bool more_segments = candidate.plan.num_segments > plan->num_segments;
-        if (found && candidate.us >= best * (more_segments ? kWorthwhile : 1.0)) continue;
+        // More segments or pieces only for a gain beyond the model's precision.
+        const bool is_cut_again = is_fitted(p, *tiles[0]) && !p.slope_grad && plan->num_segments > 1;
+        const bool is_more =
+            candidate.plan.num_segments > plan->num_segments || candidate.plan.num_pieces > plan->num_pieces;
+        if (found && candidate.us >= best * (!is_more ? 1.0 : is_cut_again ? kWorthwhileCutAgain : kWorthwhile))
+          continue;
         found = true;
         best = candidate.us;
         *plan = candidate.plan;

@@ -60,8 +60,8 @@ struct Plan {
   Tile state_tiles[2];
   int state_clusters[2] = {1, 1};
   int64_t state_floats[2] = {0, 0};  // of one head's state, in the family's own order (0: [D, E]): sm90, in_one_pass
-  // sm90: the state pass walks a segment in pieces of this many chunks side by side, counted from the end of the sweep,
-  // the last one what is left.
+  // sm80 and sm90: the state pass walks a segment in pieces of this many chunks of 64 tokens side by side, counted from
+  // the end of the sweep, the last one what is left.
   int num_pieces = 1;
   int64_t piece_chunks = 0;
   // sm90, extend: what the device, which knows the lengths, needs to deal units out to blocks and to leave whole what
@@ -75,9 +75,9 @@ struct Plan {
 };
 
 // Fails with a sentence where no kernel serves the problem. `forced` is the value of LA2_PLAN: a comma-separated list
-// of key=value out of family=simt|sm80|sm90, slice=64|128, segments=N, passes=1|3 where sequences are cut (1:
-// in_one_pass; without a family sm90's); sm90: cluster=1|2|4, blocks=N for each that is resident, which take turns,
-// pieces=N; empty: free choice.
+// of key=value out of family=simt|sm80|sm90, slice=64|128, segments=N or segment_len=TOKENS, passes=1|3 where sequences
+// are cut (1: in_one_pass; without a family sm90's), pieces=N (the same); sm90: cluster=1|2|4, blocks=N for each that
+// is resident, which take turns; empty: free choice.
 Status make_plan(const Problem& problem, const DeviceProps& device, const std::string& forced, Plan* plan);
 
 // The same for callers that ask for the same again and again: each thread remembers the plans that it last made.

@@ -13,7 +13,7 @@ namespace la2 {
 // LA2_PLAN, parsed. Empty and 0: free choice.
 struct Forced {
   std::string family;
-  int64_t slice = 0, segments = 0, cluster = 0, blocks = 0, passes = 0, pieces = 0;
+  int64_t slice = 0, segments = 0, segment_len = 0, cluster = 0, blocks = 0, passes = 0, pieces = 0;
   bool is_for_sm90() const { return cluster != 0 || blocks != 0 || passes != 0 || pieces != 0; }
 };
 
@@ -35,10 +35,15 @@ inline std::vector<int64_t> counts_of_segments(const Problem& p, const Forced& f
   return counts;
 }
 
-// Segments, units and the workspace for their states. Whether any sequence may be cut.
-inline bool cut_into_segments(const Problem& p, int64_t segments, Plan* plan) {
+// Of the longest possible sequence, in so many segments.
+inline int64_t segment_len_of(const Problem& p, int64_t segments) {
+  return ceil_div(ceil_div(std::max<int64_t>(p.length, 1), segments), kSegmentStep) * kSegmentStep;
+}
+
+// Segments of whole steps, units and the workspace for their states. Whether any sequence may be cut.
+inline bool cut_into_segments(const Problem& p, int64_t segment_len, Plan* plan) {
   const int64_t tokens = std::max<int64_t>(p.length, 1);
-  plan->segment_len = ceil_div(ceil_div(tokens, segments), kSegmentStep) * kSegmentStep;
+  plan->segment_len = ceil_div(std::min(segment_len, tokens), kSegmentStep) * kSegmentStep;
   plan->num_segments = ceil_div(tokens, plan->segment_len);
   plan->num_units = p.packed && p.num_seqs > 1
                         ? p.num_seqs + p.length / plan->segment_len
@@ -46,6 +51,13 @@ inline bool cut_into_segments(const Problem& p, int64_t segments, Plan* plan) {
   const bool cut = plan->num_segments > 1;
   plan->local_states = cut ? plan->num_units * (p.backward ? 2 : 1) : 0;
   return cut;
+}
+
+// Each segment's state is gathered in so many pieces, or fewer: of whole chunks of kSegmentStep tokens.
+inline void cut_into_pieces(int64_t wanted, Plan* plan) {
+  const int64_t chunks = plan->segment_len / kSegmentStep;
+  plan->piece_chunks = ceil_div(chunks, std::clamp<int64_t>(wanted, 1, std::min(chunks, kMaxSegments)));
+  plan->num_pieces = static_cast<int>(ceil_div(chunks, plan->piece_chunks));
 }
 
 // Units with something to do: packed, as many as the tokens fill, evenly cut.

@@ -106,8 +106,7 @@ void set_pieces(const Problem& p, const Forced& forced, Plan* plan) {
   if (p.is_extend || (forced.pieces == 0 && !is_worth_it)) return;
   const int64_t chunks = plan->segment_len / kChunk;
   const int64_t wanted = forced.pieces != 0 ? forced.pieces : std::min(kMostPieces, chunks / kPieceChunks);
-  plan->piece_chunks = ceil_div(chunks, std::clamp<int64_t>(wanted, 1, std::min(chunks, kMaxSegments)));
-  plan->num_pieces = static_cast<int>(ceil_div(chunks, plan->piece_chunks));
+  cut_into_pieces(wanted, plan);
 }
 
 // What blocks walk.
@@ -257,7 +256,8 @@ Status plan_sm90(const Problem& p, const DeviceProps& device, const Forced& forc
     for (const int64_t segments : counts_with_one_pass(p, device, forced)) {
       Plan candidate;
       candidate.family = Family::kSm90;
-      const bool cut = cut_into_segments(p, segments, &candidate);
+      const int64_t segment_len = forced.segment_len != 0 ? forced.segment_len : segment_len_of(p, segments);
+      const bool cut = cut_into_segments(p, segment_len, &candidate);
       const std::vector<Walk> walks = walks_of(p, candidate);
       double us = kFirstUs;
       auto add = [&](int launch, int64_t dim_a, int64_t dim_c, int wanted_slice, int jobs) -> bool {

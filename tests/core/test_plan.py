@@ -43,7 +43,12 @@ def jobs(problem, plan):
 def test_plans_cover_and_fit(core, data):
     problem = data.draw(problems(core))
     device = core.device(data.draw(st.sampled_from(DEVICES)))
-    plan = core.plan(problem, device)
+    forced = data.draw(st.sampled_from(("", "", "segment_len=1000", "pieces=3", "family=sm80,segments=3,pieces=5")))
+    try:
+        plan = core.plan(problem, device, forced)
+    except ValueError as error:
+        assert "family sm80 has no kernels" in str(error)
+        return
     assert 1 <= len(plan.tiles) <= (2 if problem.backward else 1)
 
     # Tiles: big enough for the contracted dim, in shared memory, and every column of Dc in exactly one slice.
@@ -61,7 +66,7 @@ def test_plans_cover_and_fit(core, data):
             assert cluster in (1, 2, 4) and most % cluster == 0 and most <= device.num_sms
             assert (problem.packed or plan.in_one_pass) == (most == 0)
     if plan.in_one_pass:  # every block is resident, with one item
-        assert plan.family == core.Family.sm90 and not problem.backward and plan.num_segments > 1
+        assert plan.family != core.Family.simt and not problem.backward and plan.num_segments > 1
         blocks = plan.num_units * problem.heads * math.ceil(problem.dim_v / plan.tiles[0].slice)
         assert blocks <= device.num_sms and plan.clusters[0] == 1
     if plan.is_fused:  # dv's columns are dk's contracted ones: one slice is all of either
@@ -91,7 +96,7 @@ def test_plans_cover_and_fit(core, data):
     assert plan.local_states >= (plan.num_units * plan.num_pieces if plan.num_segments > 1 else 0)
     # Pieces: every chunk of a segment in exactly one, and a chunk or more in each.
     if plan.num_pieces > 1:
-        assert plan.family == core.Family.sm90 and plan.num_segments > 1 and not plan.in_one_pass
+        assert plan.family != core.Family.simt and plan.num_segments > 1 and not plan.in_one_pass
         assert not problem.is_extend
         chunks = plan.segment_len // 64
         assert (plan.num_pieces - 1) * plan.piece_chunks < chunks <= plan.num_pieces * plan.piece_chunks
@@ -218,7 +223,8 @@ def test_any_problem_text_is_a_problem_or_a_sentence(core, text):
         ("segments=0", "LA2_PLAN: segments is '0', expected a positive whole number"),
         (
             "chunk=64",
-            "LA2_PLAN: unknown key 'chunk', expected family, slice, segments, cluster, blocks, passes or pieces",
+            "LA2_PLAN: unknown key 'chunk', expected family, slice, segments, segment_len, cluster, blocks, passes or "
+            "pieces",
         ),
     ],
 )
@@ -272,6 +278,38 @@ def test_long_segments_are_gathered_in_pieces(core):
     assert pieces(f"{long},backward", "segments=4,pieces=3") == pieces(f"{long},packed=20", "segments=4,pieces=3") == 3
     assert pieces(long, "segments=4,pieces=3", is_extend=True) == 1
     assert pieces("4096,128,128,bf16", "passes=1,pieces=2") == 1
+
+
+def test_portable_backwards_are_gathered_in_pieces(core):
+    """The state pass of few heads leaves multiprocessors idle; that of many, of forwards and of packed sequences stays
+    as it is, unless pieces are forced."""
+    device = core.device("sm_90x132")
+
+    def pieces(text, forced="", is_extend=False, where=device):
+        problem = core.problem(text)
+        problem.is_extend = is_extend
+        return core.plan(problem, where, f"family=sm80{forced}").num_pieces
+
+    few = "1,8,8192,128,128,bf16"
+    assert pieces(f"{few},backward") > 1
+    assert pieces(f"{few},backward,packed=1") > 1 and pieces(f"{few},backward", where=core.device("sm_80x108")) > 1
+    assert pieces("4,32,4096,128,128,bf16,backward") == pieces("1,1,512,128,128,bf16,backward") == 1
+    assert pieces(few) == pieces(few, ",passes=3") == pieces(f"{few},backward,packed=20") == 1
+    assert pieces(few, ",passes=3,pieces=2") == pieces(f"{few},backward,packed=20", ",segments=4,pieces=2") == 2
+    assert pieces(few, ",segments=4,pieces=2", is_extend=True) == 1
+    plan = core.plan(core.problem("1,8,8192,128,128,fp32,backward"), device, "segments=4,pieces=2")
+    assert plan.family == core.Family.simt and plan.num_pieces == 1
+
+
+def test_a_short_last_segment_fills_what_whole_ones_leave(core):
+    """Five segments of 8 heads are 120 blocks of 132 multiprocessors; cut a little shorter they leave 24 short ones, of
+    which the 12 others walk two each."""
+    device, problem = core.device("sm_90x132"), core.problem("1,8,8192,128,128,bf16,backward")
+    plan = core.plan(problem, device, "family=sm80")
+    assert (plan.num_segments, plan.segment_len) == (6, 1536)
+    assert core.plan(problem, device, "family=sm80,segments=6").segment_len == 1408
+    assert core.plan(problem, device, "family=sm80,segment_len=1500").segment_len == 1536
+    assert core.plan(problem, device, "segment_len=9000000000000000000").num_segments == 1
 
 
 def test_silu_is_taken_once_of_each_element(core):

@@ -8,11 +8,12 @@ using namespace la2;
 using fuzz::Bytes;
 using fuzz::check;
 
-constexpr const char* kWords[] = {"family=",  "slice=", "segments=", "cluster=", "simt", "sm80", "sm90",
-                                  "64",       "128",    "1",         "2",        ",",    "=",    "9223372036854775807",
-                                  "backward", "dslope", "packed=",   "bf16",     "fp32", "fp64", "sm_90x132",
-                                  "-1",       "0",      "4096",      "x",        "sm_",  "7",    "1,8,4096,128,128,",
-                                  "passes=",  "pieces="};
+constexpr const char* kWords[] = {
+    "family=",  "slice=",  "segments=",   "cluster=", "simt", "sm80", "sm90",
+    "64",       "128",     "1",           "2",        ",",    "=",    "9223372036854775807",
+    "backward", "dslope",  "packed=",     "bf16",     "fp32", "fp64", "sm_90x132",
+    "-1",       "0",       "4096",        "x",        "sm_",  "7",    "1,8,4096,128,128,",
+    "passes=",  "pieces=", "segment_len="};
 
 std::string text(Bytes& in) {
   std::string s;
@@ -30,11 +31,11 @@ std::string plan_text(Bytes& in) {
   if (in.flag()) return text(in);
   std::string s;
   for (int64_t n = in.below(4); n > 0; --n) {
-    constexpr const char* kParts[] = {"family=simt", "family=sm80", "family=sm90", "slice=64",   "slice=128",
-                                      "cluster=1",   "cluster=2",   "cluster=4",   "segments=1", "segments=7",
-                                      "passes=1",    "passes=3",    "pieces=3"};
-    const uint8_t which = in.byte() % 15;
-    s += (s.empty() ? "" : ",") + (which < 13 ? std::string(kParts[which]) : "segments=" + std::to_string(in.size()));
+    constexpr const char* kParts[] = {"family=simt", "family=sm80", "family=sm90", "slice=64",      "slice=128",
+                                      "cluster=1",   "cluster=2",   "cluster=4",   "segments=1",    "segments=7",
+                                      "passes=1",    "passes=3",    "pieces=3",    "segment_len=96"};
+    const uint8_t which = in.byte() % 16;
+    s += (s.empty() ? "" : ",") + (which < 14 ? std::string(kParts[which]) : "segments=" + std::to_string(in.size()));
   }
   return s;
 }
@@ -85,7 +86,7 @@ void check_plan(const Problem& p, const DeviceProps& d, const Plan& plan) {
   if (plan.takes_silu)
     check(p.silu && plan.family == Family::kSm90 && sm90_takes_silu(plan.tiles[0]), "SiLU where it may");
   if (plan.in_one_pass) {
-    check(plan.family == Family::kSm90 && !p.backward && !p.is_extend && !plan.takes_silu, "one pass where it may");
+    check(plan.family != Family::kSimt && !p.backward && !p.is_extend && !plan.takes_silu, "one pass where it may");
     const int64_t slices = p.dim_v / plan.tiles[0].slice + (p.dim_v % plan.tiles[0].slice != 0);
     check(plan.num_segments > 1 && plan.clusters[0] == 1, "one pass of segments, without clusters");
     check(plan.num_units * p.heads * slices <= d.num_sms, "every block of one pass is resident");
@@ -100,7 +101,7 @@ void check_plan(const Problem& p, const DeviceProps& d, const Plan& plan) {
   check(plan.num_pieces >= 1 && (plan.num_pieces == 1 || plan.local_states >= plan.num_units * plan.num_pieces),
         "a state for each piece");
   check(plan.num_pieces == 1 ||
-            (plan.family == Family::kSm90 && !plan.in_one_pass && !p.is_extend && plan.num_segments > 1),
+            (plan.family != Family::kSimt && !plan.in_one_pass && !p.is_extend && plan.num_segments > 1),
         "pieces where they may");
   check(plan.local_states >= 0 && plan.dot_floats >= 0 && plan.state_floats[0] >= 0, "workspaces are sizes");
   check(plan.predicted_us >= 0, "a time");
