@@ -13,11 +13,12 @@ BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.flo
 RUNS = {"cpu": 10, "cuda": 100}
 
 #: What tells kernels apart: dtype, key and value dim, LA2_PLAN. A plan that a GPU does not have is skipped there.
+PORTABLE_CUTS = ("family=sm80,segments=3", "family=sm80,segments=2,pieces=3")
 HALVES = [
     (dtype, dims, plan)
     for dtype in (BF16, FP16)
     for dims in ((64, 64), (128, 128), (64, 128), (128, 64), (256, 64), (256, 256))
-    for plan in ("", "segments=3", "family=sm80", "family=sm80,segments=3", "slice=64")
+    for plan in ("", "segments=3", "family=sm80", *PORTABLE_CUTS, "slice=64")
 ]
 KERNELS = [
     *HALVES,

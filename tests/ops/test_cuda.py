@@ -62,6 +62,21 @@ def test_every_plan(monkeypatch, dtype, dims, size, segments):
         check(x)
 
 
+@pytest.mark.parametrize("plan", ("segments=2,pieces=3", "segments=3,pieces=2", "segment_len=384,pieces=6"))
+@pytest.mark.parametrize("dtype, dims, size", [p for p in PLANS if p[0] in HALVES], ids=plan_id)
+def test_portable_states_in_pieces(monkeypatch, dtype, dims, size, plan):
+    """Twice the same bits, and those of one piece but for the order of float32 sums."""
+    for x in dense_and_packed(dims, dtype):
+        monkeypatch.setenv("LA2_PLAN", f"family=sm80,slice={size},passes=3,{plan}")
+        got = run(x, need_dslope=False)
+        check(x, got)
+        assert_equal([t for t in run(x, need_dslope=False) if t is not None], [t for t in got if t is not None])
+        monkeypatch.setenv("LA2_PLAN", f"family=sm80,slice={size},passes=3,{plan.split(',')[0]},pieces=1")
+        for one, many in zip(run(x, need_dslope=False), got, strict=True):
+            if one is not None and one.numel() > 0:
+                assert relative_error(many, one) < (2e-3 if one.dtype == BF16 else 3e-4)
+
+
 HOPPER_DIMS = (*DIMS, (96, 96), (136, 160), (192, 128), (192, 192), (192, 256), (256, 256))
 
 
@@ -205,7 +220,8 @@ def test_expanded_operands(expanded):
 @pytest.mark.parametrize(
     "plan",
     (
-        *("family=sm80,segments=3", "family=sm80,segments=2,slice=64"),
+        *("family=sm80,segments=3", "family=sm80,segments=2,slice=64", "family=sm80,segments=3,pieces=7"),
+        *("family=sm80,segment_len=1536,pieces=3", "family=sm80,segments=2,slice=64,pieces=5"),
         *(
             pytest.param(f"family=sm90,{plan}", marks=needs_hopper)
             for plan in ("segments=2", "segments=5", "segments=2,pieces=1", "segments=3,pieces=7")
@@ -239,6 +255,8 @@ def test_forced_plans_are_taken(monkeypatch):
         assert peak("family=sm90,segments=7") - peak("family=sm90,segments=1") == 7 * state
     assert peak("segments=7") - peak("segments=1") == 7 * state
     assert peak("segments=3") - peak("segments=1") == 3 * state
+    assert peak("segment_len=320") - peak("segments=1") == 3 * state
+    assert peak("family=sm80,segments=2,passes=3,pieces=3") - peak("segments=1") == 2 * 3 * state
     monkeypatch.setenv("LA2_PLAN", "family=simt")
     with pytest.raises(RuntimeError, match="LA2_PLAN: family simt has no kernels for bf16"):
         la2.forward(*x.args, **x.options)

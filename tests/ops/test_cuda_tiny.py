@@ -97,6 +97,17 @@ def test_tiny_hopper_prefill_in_one_pass(monkeypatch, dtype, dims, segments):
         check_forward(x, *(t.cpu() for t in torch.ops.la2.forward_with_state(*y.args, **y.options)))
 
 
+@pytest.mark.sanitize
+@pytest.mark.parametrize("plan", ("segments=2,pieces=2", "segment_len=128,pieces=2"))
+@pytest.mark.parametrize("dtype, dims", ((BF16, (128, 128)), (FP16, (128, 128)), (BF16, (256, 64))), ids=plan_id)
+def test_tiny_portable_prefill_in_pieces(monkeypatch, dtype, dims, plan):
+    """Pieces of one chunk or two, of a whole segment and of a short one."""
+    monkeypatch.setenv("LA2_PLAN", f"family=sm80,passes=3,{plan}")
+    for x in dense_and_packed(dims, dtype):
+        got = run(moved_to_gpu(x))
+        check(x, [t if t is None else t.cpu() for t in got])
+
+
 @needs_wide_slices
 @pytest.mark.sanitize
 @pytest.mark.parametrize("dtype, segments", ((BF16, 2), (BF16, 3), (FP16, 3)), ids=plan_id)
