@@ -22,13 +22,17 @@ struct GatherConfig {
   static constexpr int kColsOfB = kAlone && kTileA > 64 ? 64 : kTileA;  // of a gatherer
   static constexpr int kGatherersOfC = kSlice / 64;
   static constexpr int kGatherers = kGatherersOfC * (kTileA / kColsOfB);
-  // SiLU is computed by a warpgroup and by the warps that share the producer's. Registers by role then.
+  // SiLU is computed by a warpgroup and by the warps that share the producer's.
   static constexpr int kActivatorGroups = kSilu ? 1 : 0, kActivators = kSilu ? 3 + 4 : 0;  // warps
   static constexpr int kGroups = 1 + kActivatorGroups + kGatherers, kThreads = 128 * kGroups;
-  static constexpr int kLaunchRegisters = kGroups == 3 ? 168 : 128, kProducerRegisters = 64;
-  static constexpr int kGathererRegisters = kGatherers == 1 ? 232 : 192;
-  static_assert(!kSilu || ((kGatherers == 1 || kGatherers == 2) &&
-                           2 * kProducerRegisters + kGatherers * kGathererRegisters <= kGroups * kLaunchRegisters));
+  // Two chunks are summed at once, where registers have room for what both weigh.
+  static constexpr bool kByTwos = kTileA <= 128;
+  static constexpr bool kMovesRegisters = kSilu || (kSplit && kByTwos && kGatherers == 2);
+  static constexpr int kLaunchRegisters = kGroups == 3 ? 168 : 128, kProducerRegisters = kSilu ? 64 : 40;
+  static constexpr int kGathererRegisters = kSilu && kGatherers == 2 ? 192 : 232;
+  static_assert(!kMovesRegisters || ((kGatherers == 1 || kGatherers == 2) &&
+                                     (1 + kActivatorGroups) * kProducerRegisters + kGatherers * kGathererRegisters <=
+                                         kGroups * kLaunchRegisters));
   static constexpr int kStagesThatFit = 208 * 1024 / (TileA::kBytes + TileC::kBytes);
   static constexpr int kStages = kStagesThatFit < 6 ? kStagesThatFit : 6;
 };
@@ -47,6 +51,7 @@ struct GatherStorage {
   GatherStage<Cfg> stages[Cfg::kStages];
   tile::Decay<kChunk> powers[Cfg::kGatherers];  // they may be an item apart
   PairWeights pair_weights[Cfg::kWeighsInPairs * Cfg::kGatherers];
+  PairWeights earlier_pair_weights[Cfg::kWeighsInPairs * Cfg::kByTwos * Cfg::kGatherers];  // with a chunk behind it
   uint64_t full[Cfg::kStages], empty[Cfg::kStages], tail[Cfg::kStages], landed[Cfg::kStages * Cfg::kSilu];
 };
 
@@ -177,22 +182,70 @@ __device__ __forceinline__ void gather(GatherStorage<Cfg>& smem, const Trilinear
       store_fragment(z, fragment_of<Cfg::kTileA>(job, item, unit_of_copy(item), block, me) + first_of_b / 8 * 128);
       if (steps.begin > 0) clear(z);
     }
-    int filled = -1;
-    for (int step = steps.begin; step < steps.end; ++step, ring.advance()) {
-      const int rows = item.rows_of(item.chunk_at(step));
+    constexpr bool kSplit = Cfg::kSplit;
+    constexpr int kAtOnce = Cfg::kMovesRegisters || (!kSplit && Cfg::kTileA * Cfg::kGatherers <= 128) ? 64 : 32;
+    using Operand = uint32_t[kChunk / 16][4];
+    // A chunk's c as it is summed, once its copy is there.
+    auto weigh = [&](Operand& weighted, Operand& rest, const PairWeights* pair_weights, float factor, int rows) {
+      ptx::mbarrier_wait(shared_address(&smem.full[ring.stage]), ring.parity);
       const GatherStage<Cfg>& stage = smem.stages[ptx::uniform(ring.stage)];
       if constexpr (Cfg::kWeighsInPairs)
-        smem.pair_weights[gatherer].fill(powers, update, job.reverse, rows, filled, 1 + gatherer);
-      ptx::mbarrier_wait(shared_address(&smem.full[ring.stage]), ring.parity);
-      uint32_t weighted[kChunk / 16][4], rest[kChunk / 16][4];
-      if constexpr (Cfg::kWeighsInPairs)
-        weigh_columns<T, Cfg::kSplit>(weighted, rest, stage.c, block, smem.pair_weights[gatherer], me);
+        weigh_columns<T, kSplit>(weighted, rest, stage.c, block, pair_weights[gatherer], me);
       else
-        weigh_columns<T, Cfg::kSplit>(weighted, rest, stage.c, block, token_weights(powers, job.reverse, rows, me),
-                                      update, me);
-      constexpr int kAtOnce = Cfg::kSplit || Cfg::kTileA * Cfg::kGatherers > 128 ? 32 : 64;
-      update_rows<T, Cfg::kSplit, kAtOnce>(z, weighted, rest, stage.b, powers.ascending()[rows], first_of_b);
+        weigh_columns<T, kSplit>(weighted, rest, stage.c, block, token_weights(powers, job.reverse, rows, me), factor,
+                                 me);
+    };
+    const bool by_twos = Cfg::kByTwos && (Cfg::kAlone || !p.states_alone);
+    const int alone = by_twos ? steps.begin + (steps.end - steps.begin) % 2 : steps.end;  // up to here, one at a time
+    int filled = -1, step = steps.begin;
+    for (; step < alone; ++step, ring.advance()) {
+      const int rows = item.rows_of(item.chunk_at(step));
+      if constexpr (Cfg::kWeighsInPairs)
+        smem.pair_weights[gatherer].fill(powers, update, job.reverse, rows, filled, 1 + gatherer);
+      Operand weighted, rest;
+      weigh(weighted, rest, smem.pair_weights, update, rows);
+      update_rows<T, kSplit, kAtOnce>(z, weighted, rest, smem.stages[ptx::uniform(ring.stage)].b,
+                                      powers.ascending()[rows], first_of_b);
       release_stage(smem.empty[ring.stage], schedule.cluster, me.lane);
+    }
+    if constexpr (Cfg::kByTwos) {
+      // The weights are those of whole chunks. The only short ones are the last of a forward sweep, in the segment that
+      // is not gathered, and the first of a reverse one, whose tokens are counted from its begin.
+      if constexpr (Cfg::kWeighsInPairs) {
+        int earlier_filled = -1;
+        smem.pair_weights[gatherer].fill(powers, update, job.reverse, kChunk, filled, 1 + gatherer);
+        smem.earlier_pair_weights[gatherer].fill(powers, update * powers.ascending()[kChunk], job.reverse, kChunk,
+                                                 earlier_filled, 1 + gatherer);
+      }
+      constexpr int kPart = Cfg::kColsOfB / 2 < kAtOnce ? Cfg::kColsOfB / 2 : kAtOnce;
+      for (; step < steps.end; step += 2) {
+        Operand earlier, earlier_rest, later, later_rest;
+        Accumulators<kPart> sum;
+        weigh(earlier, earlier_rest, smem.earlier_pair_weights, update * powers.ascending()[kChunk], kChunk);
+        const int earlier_stage = ptx::uniform(ring.stage);
+        issue_update<T, kSplit>(sum, earlier, earlier_rest, smem.stages[earlier_stage].b, first_of_b);
+        if constexpr (Cfg::kAlone) {  // which has no registers for both
+          ptx::wgmma_wait<0>();
+          ptx::pin_registers(sum);
+        }
+        ring.advance();
+        weigh(later, later_rest, smem.pair_weights, update, kChunk);
+        const int later_stage = ptx::uniform(ring.stage);
+        const int rows = kSplit ? item.rows_of(item.chunk_at(step)) : kChunk;
+        const float lambda_rows = powers.ascending()[rows] * powers.ascending()[kChunk];
+#pragma unroll
+        for (int part = 0; part < Cfg::kColsOfB / 2 / kPart; ++part) {
+          const int col = first_of_b + part * 2 * kPart;
+          if (part > 0) issue_update<T, kSplit>(sum, earlier, earlier_rest, smem.stages[earlier_stage].b, col);
+          issue_update<T, kSplit>(sum, later, later_rest, smem.stages[later_stage].b, col, true);
+          ptx::wgmma_wait<0>();
+          ptx::pin_registers(sum);
+          add_update(z, lambda_rows, sum, part * kPart);
+        }
+        release_stage(smem.empty[earlier_stage], schedule.cluster, me.lane);
+        release_stage(smem.empty[later_stage], schedule.cluster, me.lane);
+        ring.advance();
+      }
     }
     if (!Cfg::kAlone && p.states_alone) {
       store_state<!Cfg::kSplit>(z, job.final, item, block * 64, job.dim_a, cols(), me);
@@ -253,10 +306,10 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
   if (cluster > 1) ptx::cluster_sync();
 
   if (threadIdx.x >= 128 * (1 + Cfg::kActivatorGroups)) {
-    if constexpr (Cfg::kSilu) ptx::registers_acquire<Cfg::kGathererRegisters>();
+    if constexpr (Cfg::kMovesRegisters) ptx::registers_acquire<Cfg::kGathererRegisters>();
     gather<Cfg>(smem, p, job, threadIdx.x / 128 - 1 - Cfg::kActivatorGroups);
   } else {
-    if constexpr (Cfg::kSilu) ptx::registers_release<Cfg::kProducerRegisters>();
+    if constexpr (Cfg::kMovesRegisters) ptx::registers_release<Cfg::kProducerRegisters>();
     if (threadIdx.x < 32) {
       produce<Cfg>(smem, p, job, maps.jobs[blockIdx.y]);
     } else if constexpr (Cfg::kSilu) {

@@ -20,17 +20,17 @@ __device__ __forceinline__ void scale(Accumulators<kRegs>& z, float factor) {
 // Z^T = lambda^C Z^T + (weighted c)^T b for 64 columns of c. The chunk is summed from zero: a tensor core cuts off what
 // it adds to a larger sum, always towards zero, and without decay a state grows from chunk to chunk; the addition to Z
 // rounds (../DESIGN.md). In two steps: the sum, issued (kSplit: of both parts of c) for the columns of b from first_col
-// on, and the addition.
+// on, and the addition. is_more: to what another chunk has issued.
 template <class T, bool kSplit, class Tile, int kRegs>
 __device__ __forceinline__ void issue_update(Accumulators<kRegs>& sum, const uint32_t (&weighted)[kChunk / 16][4],
                                              const uint32_t (&rest)[kChunk / 16][4], const Tile& b_tile,
-                                             int first_col = 0) {
+                                             int first_col = 0, bool is_more = false) {
   const tile::ColumnsOperand<Tile> b(shared_address(&b_tile) + first_col / 64 * Tile::kBlockBytes);
   ptx::pin_registers(sum);
   ptx::wgmma_fence();
 #pragma unroll
   for (int k = 0; k < kChunk / 16; ++k) {
-    ptx::wgmma<T, ptx::Major::kMN>(sum, weighted[k], b.step(k), k != 0);
+    ptx::wgmma<T, ptx::Major::kMN>(sum, weighted[k], b.step(k), k != 0 || is_more);
     if constexpr (kSplit) ptx::wgmma<T, ptx::Major::kMN>(sum, rest[k], b.step(k), 1);
   }
   ptx::wgmma_commit();
