@@ -183,7 +183,7 @@ __device__ __forceinline__ void gather(GatherStorage<Cfg>& smem, const Trilinear
       if (steps.begin > 0) clear(z);
     }
     constexpr bool kSplit = Cfg::kSplit;
-    constexpr int kAtOnce = Cfg::kMovesRegisters || (!kSplit && Cfg::kTileA * Cfg::kGatherers <= 128) ? 64 : 32;
+    constexpr int kAtOnce = kSplit ? (Cfg::kMovesRegisters ? 64 : 32) : Cfg::kTileA * Cfg::kGatherers <= 128 ? 64 : 32;
     using Operand = uint32_t[kChunk / 16][4];
     // A chunk's c as it is summed, once its copy is there.
     auto weigh = [&](Operand& weighted, Operand& rest, const PairWeights* pair_weights, float factor, int rows) {
@@ -195,7 +195,9 @@ __device__ __forceinline__ void gather(GatherStorage<Cfg>& smem, const Trilinear
         weigh_columns<T, kSplit>(weighted, rest, stage.c, block, token_weights(powers, job.reverse, rows, me), factor,
                                  me);
     };
-    const bool by_twos = Cfg::kByTwos && (Cfg::kAlone || !p.states_alone);
+    // Not where float16 would have no numbers for what the earlier chunk weighs; such windows are short.
+    const bool has_numbers = !std::is_same<T, __half>::value || powers.ascending()[kChunk] >= 0x1p-8f;
+    const bool by_twos = Cfg::kByTwos && has_numbers && (Cfg::kAlone || !p.states_alone);
     const int alone = by_twos ? steps.begin + (steps.end - steps.begin) % 2 : steps.end;  // up to here, one at a time
     int filled = -1, step = steps.begin;
     for (; step < alone; ++step, ring.advance()) {
@@ -218,6 +220,7 @@ __device__ __forceinline__ void gather(GatherStorage<Cfg>& smem, const Trilinear
                                                  earlier_filled, 1 + gatherer);
       }
       constexpr int kPart = Cfg::kColsOfB / 2 < kAtOnce ? Cfg::kColsOfB / 2 : kAtOnce;
+      static_assert(Cfg::kColsOfB / 2 % kPart == 0);
       for (; step < steps.end; step += 2) {
         Operand earlier, earlier_rest, later, later_rest;
         Accumulators<kPart> sum;

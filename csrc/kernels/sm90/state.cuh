@@ -47,6 +47,7 @@ __device__ __forceinline__ void update_rows(Accumulators<kRegs>& z, const uint32
                                             const uint32_t (&rest)[kChunk / 16][4], const Tile& b_tile,
                                             float lambda_rows, int first_col = 0) {
   constexpr int kPart = kRegs < kAtOnce ? kRegs : kAtOnce;
+  static_assert(kRegs % kPart == 0);
 #pragma unroll
   for (int part = 0; part < kRegs / kPart; ++part) {
     Accumulators<kPart> sum;
