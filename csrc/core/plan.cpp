@@ -190,6 +190,8 @@ Status parse_forced(const std::string& text, Forced* forced) {
                            "', expected family, slice, segments, segment_len, cluster, blocks, passes or pieces");
     }
   }
+  if (forced->segments != 0 && forced->segment_len != 0)
+    return Status::error("LA2_PLAN: segments and segment_len both say how sequences are cut, expected one of them");
   return Status::ok();
 }
 
@@ -307,7 +309,8 @@ std::vector<Cut> cuts_to_consider(const Problem& p, const DeviceProps& device, F
     const int64_t beside = ceil_div(segments * width, resident) * resident - segments * width;
     if (beside == 0 || beside >= width) continue;
     const int64_t turns = ceil_div(width, beside);
-    consider(ceil_div(ceil_div(p.length * turns, segments * turns + 1), kSegmentStep) * kSegmentStep);
+    const int64_t tokens = std::max<int64_t>(p.length, 1);
+    consider(ceil_div(ceil_div(tokens * turns, segments * turns + 1), kSegmentStep) * kSegmentStep);
   }
   return cuts;
 }

@@ -43,7 +43,7 @@ inline int64_t segment_len_of(const Problem& p, int64_t segments) {
 // Segments of whole steps, units and the workspace for their states. Whether any sequence may be cut.
 inline bool cut_into_segments(const Problem& p, int64_t segment_len, Plan* plan) {
   const int64_t tokens = std::max<int64_t>(p.length, 1);
-  plan->segment_len = ceil_div(std::min(segment_len, tokens), kSegmentStep) * kSegmentStep;
+  plan->segment_len = ceil_div(std::clamp<int64_t>(segment_len, 1, tokens), kSegmentStep) * kSegmentStep;
   plan->num_segments = ceil_div(tokens, plan->segment_len);
   plan->num_units = p.packed && p.num_seqs > 1
                         ? p.num_seqs + p.length / plan->segment_len

@@ -93,7 +93,8 @@ def test_plans_cover_and_fit(core, data):
     if not problem.packed:
         assert sum(segments) == plan.num_units
     assert max(segments, default=1) <= plan.num_segments
-    assert plan.local_states >= (plan.num_units * plan.num_pieces if plan.num_segments > 1 else 0)
+    states = plan.num_units * plan.num_pieces * (2 if problem.backward else 1)  # of dq, and of dk and dv
+    assert plan.local_states >= (states if plan.num_segments > 1 else 0)
     # Pieces: every chunk of a segment in exactly one, and a chunk or more in each.
     if plan.num_pieces > 1:
         assert plan.family != core.Family.simt and plan.num_segments > 1 and not plan.in_one_pass
@@ -112,6 +113,20 @@ def test_plans_cover_and_fit(core, data):
             start += length
         slices = math.ceil(problem.dim_k / plan.tiles[0].slice)
         assert 2 * slot * problem.heads * slices * 3 <= plan.dot_floats
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("packed", (False, True))
+def test_no_tokens(core, device, packed):
+    """A batch of nothing has a plan as well, whatever share of the GPU its heads would take."""
+    for heads in range(1, 180):
+        problem = core.Problem()
+        problem.backward, problem.dtype, problem.packed = True, core.DType.bf16, packed
+        problem.batch = problem.num_seqs = 1
+        problem.heads, problem.length, problem.dim_k, problem.dim_v = heads, 0, 128, 128
+        for forced in ("", "segments=3", "segment_len=64", "segments=2,pieces=2"):
+            plan = core.plan(problem, core.device(device), forced)
+            assert plan.num_segments == 1 and plan.segment_len > 0 and plan.local_states == 0
 
 
 @given(st.data())
@@ -221,6 +236,7 @@ def test_any_problem_text_is_a_problem_or_a_sentence(core, text):
         ("passes=2", "LA2_PLAN: passes is '2', expected 1 or 3"),
         ("passes=1,segments=64", "cut so that all blocks are resident"),
         ("segments=0", "LA2_PLAN: segments is '0', expected a positive whole number"),
+        ("segments=2,segment_len=64", "LA2_PLAN: segments and segment_len both say how sequences are cut"),
         (
             "chunk=64",
             "LA2_PLAN: unknown key 'chunk', expected family, slice, segments, segment_len, cluster, blocks, passes or "

@@ -98,8 +98,10 @@ void check_plan(const Problem& p, const DeviceProps& d, const Plan& plan) {
   if (p.packed && p.num_seqs > 0)
     check(plan.num_units >= p.num_seqs && plan.num_units >= segments, "units bound segments");
   check((plan.local_states > 0) == (plan.num_segments > 1 && plan.num_units > 0), "states where sequences are cut");
-  check(plan.num_pieces >= 1 && (plan.num_pieces == 1 || plan.local_states >= plan.num_units * plan.num_pieces),
-        "a state for each piece");
+  const int64_t states = plan.num_units * plan.num_pieces * (p.backward ? 2 : 1);
+  check(plan.num_pieces >= 1 && (plan.num_pieces == 1 || plan.local_states >= states), "a state for each piece");
+  const int64_t chunks = plan.segment_len / 64, before = (plan.num_pieces - 1) * plan.piece_chunks;
+  check(plan.num_pieces == 1 || (before < chunks && chunks <= before + plan.piece_chunks), "pieces cover a segment");
   check(plan.num_pieces == 1 ||
             (plan.family != Family::kSimt && !plan.in_one_pass && !p.is_extend && plan.num_segments > 1),
         "pieces where they may");

@@ -253,6 +253,7 @@ def test_decode_refuses_mixed_devices(name):
     (
         Case(batch=0, length=7),
         Case(batch=3, length=0, slope_per_seq=True),
+        Case(batch=4, heads=8, length=0, key_dim=128, value_dim=128, dtype=torch.bfloat16),
         Case(batch=0, length=0),
         Case(lengths=()),
         Case(lengths=(0, 0, 0), slope="none"),
@@ -264,11 +265,12 @@ def test_nothing_to_do_is_no_error(device, case):
     x = case.make(device)
     out, state = la2.forward_with_state(*x.args, **x.options)
     assert out.shape == x.v.shape
-    assert state.shape == (case.num_seqs, case.heads, 16, 16)
+    assert state.shape == (case.num_seqs, case.heads, case.key_dim, case.value_dim)
     has_tokens = x.q.numel() > 0
     if not has_tokens:  # states pass through untouched, in both directions
         assert torch.equal(state, torch.zeros_like(state) if x.initial_state is None else x.initial_state)
-    dq, dk, dv, dslope, dstate = la2.backward(*x.grads, *x.args, **x.options)
+    for need_dslope in (False, True):
+        dq, dk, dv, dslope, dstate = la2.backward(*x.grads, *x.args, **x.options, need_dslope=need_dslope)
     assert (dq.shape, dk.shape, dv.shape) == (x.q.shape, x.k.shape, x.v.shape)
     if x.slope is not None:
         assert dslope.shape == x.slope.shape and not dslope.any()

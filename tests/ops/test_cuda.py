@@ -238,6 +238,20 @@ def test_windows_of_steep_heads(monkeypatch, plan, dims):
     check(x, run(x, need_dslope=False))
 
 
+@pytest.mark.parametrize("plan", ("family=sm80,passes=3", pytest.param("family=sm90,passes=3", marks=needs_hopper)))
+@pytest.mark.parametrize("segment_len", (512, 576))  # chunks: an even number and an odd one
+def test_what_is_left_of_an_earlier_chunk_in_float16(monkeypatch, plan, segment_len):
+    """Behind a chunk of zeros a state is small and still has float16's digits, whose numbers end at 2^-24."""
+    monkeypatch.setenv("LA2_PLAN", f"{plan},segment_len={segment_len}")
+    x = Case(heads=5, length=1024, key_dim=128, value_dim=128, dtype=FP16, state_layout=None).make(CUDA)
+    x.slope = torch.tensor([0.02, 0.05, 0.1, 0.15, 0.2], device=CUDA)
+    edge = segment_len
+    x.q, x.k = 8 * x.q, 8 * x.k
+    x.v[:, :, edge - 64 : edge + 8] = 0
+    x.windows = [(edge, edge + 8)]
+    check_forward(x, *la2.forward_with_state(*x.args, **x.options))
+
+
 def test_forced_plans_are_taken(monkeypatch):
     """The workspace shows it: a state for each segment. A plan that cannot be says so."""
     x = Case(heads=4, length=7 * 128, key_dim=128, value_dim=128, dtype=BF16).make(CUDA)
