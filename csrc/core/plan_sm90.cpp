@@ -97,8 +97,7 @@ constexpr int64_t kMeanWindow = 24;
 
 // Forward, segments are gathered in pieces, so that the flattest head, whose window is the longest, is shared out among
 // SMs that others have left. Neither short nor many: each is a state more to write and to read, which without decay is
-// all that there is to it. Gradients gained nothing (csrc/kernels/DESIGN.md), packed calls were not measured. Not in
-// extend, whose table of units has none.
+// all that there is to it. Packed calls were not measured. Not in extend, whose table of units has none.
 constexpr int64_t kPieceChunks = 16, kMostPieces = 4;
 
 void set_pieces(const Problem& p, const Forced& forced, Plan* plan) {
@@ -107,6 +106,16 @@ void set_pieces(const Problem& p, const Forced& forced, Plan* plan) {
   const int64_t chunks = plan->segment_len / kChunk;
   const int64_t wanted = forced.pieces != 0 ? forced.pieces : std::min(kMostPieces, chunks / kPieceChunks);
   cut_into_pieces(wanted, plan);
+}
+
+// Gradients gained nothing by them (csrc/kernels/DESIGN.md) but of two long segments, whose states are added up
+// quickly. Of a plan that is chosen: its time was fitted without.
+constexpr int64_t kGradientPieceChunks = 32, kMostGradientPieces = 2;
+
+void set_pieces_of_gradients(const Problem& p, const Forced& forced, Plan* plan) {
+  if (!plan->is_fused || plan->num_segments != 2 || forced.pieces != 0 || (p.packed && p.num_seqs != 1)) return;
+  cut_into_pieces(std::min(kMostGradientPieces, plan->segment_len / kChunk / kGradientPieceChunks), plan);
+  plan->local_states *= plan->num_pieces;
 }
 
 // What blocks walk.
@@ -168,7 +177,7 @@ void set_lanes(const Problem& p, const DeviceProps& device, const Forced& forced
   }
   plan->item_tokens = std::max<int64_t>(1, std::llround(packed_item_us(p, tile.slice) / us_of_token));
   plan->pass_tokens = std::llround(kExtendPassesUs / us_of_token);
-  plan->cuts_if_it_gains = plan->num_segments > 1 && plan->lanes > 0 && forced.segments == 0;
+  plan->cuts_if_it_gains = plan->num_segments > 1 && plan->lanes > 0 && forced.segments == 0 && forced.segment_len == 0;
 }
 
 // A launch of `width` blocks for each unit and head, which moves `bytes`. item_us: packed_item_us of the main pass.
@@ -367,6 +376,7 @@ Status plan_sm90(const Problem& p, const DeviceProps& device, const Forced& forc
     return Status::error("no kernel of family sm90 fits: head dims " + std::to_string(p.dim_k) + " and " +
                          std::to_string(p.dim_v) + " with slice " + std::to_string(forced.slice) +
                          (forced.passes == 1 ? ", cut so that all blocks are resident" : ""));
+  set_pieces_of_gradients(p, forced, plan);
   return Status::ok();
 }
 

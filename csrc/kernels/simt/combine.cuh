@@ -127,17 +127,17 @@ class Combination {
 
   const TrilinearJob& job_;
   int64_t head_, state_, step_, piece_step_;
-  int count_, pieces_, pieces_of_first_;
+  int count_, pieces_ = 1, pieces_of_first_ = 1;
   T* first_;
   T decay_, decay_of_first_;
 };
 
 // Grid: x = blocks, which take turns at element blocks (fastest), heads and sequences (a table of units: its units, of
 // which the first of a sequence stands for it); y = jobs. A thread owns 16 bytes of the state.
-template <class T, bool kIsOpaque>
+template <class T, bool kIsOpaque, int kAhead>
 __global__ void __launch_bounds__(kCombineThreads)
     la2_combine_simt_kernel(const __grid_constant__ TrilinearParams params, int element_blocks, int num_items) {
-  using Elements = Combination<T, kIsOpaque, kIsOpaque ? 16 : 8>;  // 8: registers for two blocks an SM
+  using Elements = Combination<T, kIsOpaque, kAhead>;
   const TrilinearJob& job = params.jobs[blockIdx.y];
   bool has_waited = false;
   ptx::launch_dependents();

@@ -5,9 +5,10 @@
 namespace la2::simt {
 namespace {
 
-// A few to an SM: a block for each item took 50 us on an H100 for 20 short packed sequences at H = 8 (3,712 blocks), of
-// which none had anything to combine.
-constexpr int64_t kMostBlocks = 512;
+// A few to an SM: a block for each item took 50 us on an H100 for 20 short
+// packed sequences at H = 8 (3,712 blocks), of which none had anything to
+// combine.
+constexpr int64_t kMostBlocks = 512, kMostSmallBlocks = 2048;
 
 template <class T>
 cudaError_t launch(const TrilinearParams& params, bool overlaps, cudaStream_t stream) {
@@ -22,10 +23,17 @@ cudaError_t launch(const TrilinearParams& params, bool overlaps, cudaStream_t st
   const int64_t items =
       element_blocks * params.sizes.heads * (params.units != nullptr ? params.num_units : params.sizes.num_seqs);
   if (items == 0) return cudaSuccess;
-  if (items > INT32_MAX - kMostBlocks) return cudaErrorInvalidConfiguration;
-  const dim3 grid(static_cast<unsigned>(items < kMostBlocks ? items : kMostBlocks),
+  if (items > INT32_MAX - kMostSmallBlocks) return cudaErrorInvalidConfiguration;
+  // Of opaque states two segments are one, which may have come in pieces: 40 registers, so that many blocks share an
+  // SM. Of more, 16 at a time leave registers for one block, and 8 for two.
+  const bool is_opaque = params.local_floats != 0, is_dense = params.cu_seqlens.data == nullptr && !params.units;
+  const bool is_one_state = is_opaque && is_dense && params.by_segments.divisor <= 2;
+  const auto kernel = is_one_state ? la2_combine_simt_kernel<T, true, 1>
+                      : is_opaque  ? la2_combine_simt_kernel<T, true, 16>
+                                   : la2_combine_simt_kernel<T, false, 8>;
+  const int64_t most_blocks = is_one_state ? kMostSmallBlocks : kMostBlocks;
+  const dim3 grid(static_cast<unsigned>(items < most_blocks ? items : most_blocks),
                   static_cast<unsigned>(params.num_jobs));
-  const auto kernel = params.local_floats != 0 ? la2_combine_simt_kernel<T, true> : la2_combine_simt_kernel<T, false>;
   return launch_overlapping(kernel, grid, kCombineThreads, 0, overlaps, stream, params,
                             static_cast<int>(element_blocks), static_cast<int>(items));
 }
