@@ -296,19 +296,23 @@ __device__ __forceinline__ void intra(OutFragment<Cfg>& out, const typename Cfg:
   }
 }
 
+template <class Cfg>
+__device__ __forceinline__ void scale_state(StateFragment<Cfg>& z, float factor) {
+#pragma unroll
+  for (int g = 0; g < Cfg::kBlockCols; ++g)
+#pragma unroll
+    for (int n = 0; n < Cfg::kTileA / 8; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) z[g][n][i] *= factor;
+}
+
 // Z = lambda^rows Z + b^T diag(update lambda^n) c, n = rows - 1 - j (reverse: j + 1). The weights go onto c, of
 // which a warp holds 16 columns, and not onto b, of which it would have to scale all.
 template <class Cfg>
 __device__ __forceinline__ void update_state(StateFragment<Cfg>& z, SharedStorage<Cfg>& smem, int stage, float factor,
                                              bool reverse, int rows, const Lane& me) {
   using T = typename Cfg::T;
-  const float decay = smem.decay.ascending()[rows];
-#pragma unroll
-  for (int g = 0; g < Cfg::kBlockCols; ++g)
-#pragma unroll
-    for (int n = 0; n < Cfg::kTileA / 8; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) z[g][n][i] *= decay;
+  scale_state<Cfg>(z, smem.decay.ascending()[rows]);
 
   const auto b = tile::blocks_rows_first(smem.b[stage], 0, 0, me.lane);
   const ValueBlocks<Cfg> values(smem.c[stage], me);
@@ -670,16 +674,9 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
 
   if (wants_state) {
     const int piece = to_local ? ptx::opaque(static_cast<int>(blockIdx.z)) : 0;
-    if (kStateOnly && piece > 0) {  // behind it are whole chunks
-      const float decay = rounded_decay_power(simt::slope_of<float>(p, unit.sequence, head),
-                                              piece * p.piece_chunks * simt::kWindowChunk);
-#pragma unroll
-      for (int g = 0; g < Cfg::kBlockCols; ++g)
-#pragma unroll
-        for (int n = 0; n < Cfg::kTileA / 8; ++n)
-#pragma unroll
-          for (int i = 0; i < 4; ++i) z[g][n][i] *= decay;
-    }
+    if (kStateOnly && piece > 0)  // behind it are whole chunks
+      scale_state<Cfg>(z, rounded_decay_power(simt::slope_of<float>(p, unit.sequence, head),
+                                              piece * p.piece_chunks * simt::kWindowChunk));
     const int64_t slot = to_local ? unit_idx + piece * p.num_units
                          : kPool  ? simt::slot_of(leaving, unit.state)
                                   : unit.sequence;
