@@ -110,8 +110,7 @@ struct Registers {
 template <class T, class AnyRows>
 __device__ Operand<T> operand_of(const AnyRows& rows, const Unit& unit, int64_t head, int first_col) {
   constexpr int kVec = 16 / sizeof(T);
-  T* data = static_cast<T*>(rows.data) + unit.batch * rows.stride_b + head * rows.stride_h +
-            unit.row_begin * rows.stride_n + first_col;
+  T* data = first_row<T>(rows, unit, head, first_col);
   const bool is_vector = ((rows.stride_b | rows.stride_h | rows.stride_n) & (kVec - 1)) == 0 &&
                          (reinterpret_cast<uintptr_t>(rows.data) & 15) == 0;
   return {data, rows.stride_n, is_vector};

@@ -141,6 +141,13 @@ __device__ inline Unit first_unit_of(const TrilinearParams& params, int64_t sequ
   return unit_of(params, sequence, 0, sequence_rows(params.cu_seqlens, sequence, sizes.length), 0);
 }
 
+// Where a unit's rows of a head begin, from column `first_col` on.
+template <class T, class AnyRows>
+__device__ __forceinline__ T* first_row(const AnyRows& rows, const Unit& unit, int64_t head, int first_col = 0) {
+  return static_cast<T*>(rows.data) + unit.batch * rows.stride_b + head * rows.stride_h +
+         unit.row_begin * rows.stride_n + first_col;
+}
+
 // T: the accumulation dtype.
 template <class T>
 __device__ inline T slope_of(const TrilinearParams& params, int64_t sequence, int64_t head) {

@@ -114,12 +114,9 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
 
   enum NamedBarrier { kFilled = 1, kTaken, kOthers };
   if (me.warp >= Cfg::kWarps) {
-    const T* a = static_cast<const T*>(job.a.data) + unit.batch * job.a.stride_b + head * job.a.stride_h +
-                 unit.row_begin * job.a.stride_n;
-    const T* b = static_cast<const T*>(job.b.data) + unit.batch * job.b.stride_b + head * job.b.stride_h +
-                 unit.row_begin * job.b.stride_n;
-    const T* c = static_cast<const T*>(job.c.data) + unit.batch * job.c.stride_b + head * job.c.stride_h +
-                 unit.row_begin * job.c.stride_n + first_col;
+    const T* a = simt::first_row<const T>(job.a, unit, head);
+    const T* b = simt::first_row<const T>(job.b, unit, head);
+    const T* c = simt::first_row<const T>(job.c, unit, head, first_col);
     const int helper = static_cast<int>(threadIdx.x) - 32 * Cfg::kWarps;
     auto start_copy = [&](int step) {
       if (step < num_steps) {
@@ -177,8 +174,7 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
     ptx::named_barrier_sync(kFilled, Cfg::kThreads);
     ptx::named_barrier_arrive(kTaken, Cfg::kThreads);
   };
-  T* out = static_cast<T*>(job.out.data) + unit.batch * job.out.stride_b + head * job.out.stride_h +
-           unit.row_begin * job.out.stride_n + first_col;
+  T* out = simt::first_row<T>(job.out, unit, head, first_col);
   const float slope = simt::slope_of<float>(p, unit.sequence, head);
   if (threadIdx.x == 0) {
     const State& initial = job.initial;

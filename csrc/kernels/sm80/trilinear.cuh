@@ -492,22 +492,17 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
   const bool is_last = unit.segment == (reverse ? 0 : unit.num_segments - 1);  // in the order of the sweep
   if (kStateOnly && is_last && !p.states_alone) return;
 
-  const T* a = static_cast<const T*>(job.a.data) + unit.batch * job.a.stride_b + head * job.a.stride_h +
-               unit.row_begin * job.a.stride_n;
-  const T* b = static_cast<const T*>(job.b.data) + unit.batch * job.b.stride_b + head * job.b.stride_h +
-               unit.row_begin * job.b.stride_n;
-  const T* c = static_cast<const T*>(job.c.data) + unit.batch * job.c.stride_b + head * job.c.stride_h +
-               unit.row_begin * job.c.stride_n + first_col;
-  T* out = static_cast<T*>(job.out.data) + unit.batch * job.out.stride_b + head * job.out.stride_h +
-           unit.row_begin * job.out.stride_n + first_col;
+  const T* a = simt::first_row<const T>(job.a, unit, head);
+  const T* b = simt::first_row<const T>(job.b, unit, head);
+  const T* c = simt::first_row<const T>(job.c, unit, head, first_col);
+  T* out = simt::first_row<T>(job.out, unit, head, first_col);
 
   // The dots count the slices of their own job; a launch has as many as its widest job.
   const int job_slices = (job.dim_c + Cfg::kSlice - 1) / Cfg::kSlice;
   if constexpr (Cfg::kSlopeGrad) {
     if (threadIdx.x == 0) {  // kept in shared memory: the registers are full
       const int64_t slot = simt::first_slot_of_unit(unit, p.segment_len, Cfg::kChunk);
-      smem.slope_grad[0].x = static_cast<const T*>(job.x.data) + unit.batch * job.x.stride_b + head * job.x.stride_h +
-                             unit.row_begin * job.x.stride_n + first_col;
+      smem.slope_grad[0].x = simt::first_row<const T>(job.x, unit, head, first_col);
       smem.slope_grad[0].chunk_dots =
           job.dots == nullptr
               ? nullptr
