@@ -65,7 +65,8 @@ def test_every_plan(monkeypatch, dtype, dims, size, segments):
 @pytest.mark.parametrize("plan", ("segments=2,pieces=3", "segments=3,pieces=2", "segment_len=384,pieces=6"))
 @pytest.mark.parametrize("dtype, dims, size", [p for p in PLANS if p[0] in HALVES], ids=plan_id)
 def test_portable_states_in_pieces(monkeypatch, dtype, dims, size, plan):
-    """Twice the same bits, and those of one piece but for the order of float32 sums."""
+    """Twice the same bits, and those of one piece but for the order of float32 sums. That turns a few roundings to 16
+    bits the other way: together less than rounding every number once, eps / 4; float32 results less than float16's."""
     for x in dense_and_packed(dims, dtype):
         monkeypatch.setenv("LA2_PLAN", f"family=sm80,slice={size},passes=3,{plan}")
         got = run(x, need_dslope=False)
@@ -74,7 +75,7 @@ def test_portable_states_in_pieces(monkeypatch, dtype, dims, size, plan):
         monkeypatch.setenv("LA2_PLAN", f"family=sm80,slice={size},passes=3,{plan.split(',')[0]},pieces=1")
         for one, many in zip(run(x, need_dslope=False), got, strict=True):
             if one is not None and one.numel() > 0:
-                assert relative_error(many, one) < (2e-3 if one.dtype == BF16 else 3e-4)
+                assert relative_error(many, one) < torch.finfo(FP16 if one.dtype == FP32 else one.dtype).eps / 4
 
 
 HOPPER_DIMS = (*DIMS, (96, 96), (136, 160), (192, 128), (192, 192), (192, 256), (256, 256))
