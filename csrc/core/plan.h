@@ -74,6 +74,11 @@ struct Plan {
   double predicted_us = 0;
 };
 
+// Local states behind those of a launch's units, in the families' own orders, where a unit starts from the state that
+// its neighbour leaves: of packed sequences one, as offsets that descend, which nobody has checked, make more segments
+// than there are units, and then the last unit has a neighbour too.
+inline int64_t spare_states(bool packed, const Plan& plan) { return packed && plan.state_floats[0] != 0 ? 1 : 0; }
+
 // Fails with a sentence where no kernel serves the problem. `forced` is the value of LA2_PLAN: a comma-separated list
 // of key=value out of family=simt|sm80|sm90, slice=64|128, segments=N or segment_len=TOKENS, passes=1|3 where sequences
 // are cut (1: in_one_pass; without a family sm90's), pieces=N (the same); sm90: cluster=1|2|4, blocks=N for each that

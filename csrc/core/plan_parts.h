@@ -69,7 +69,8 @@ inline int64_t busy_units(const Problem& p, const Plan& plan) {
 inline int64_t workspace_floats(const Problem& p, const Plan& plan) {
   const int64_t state =
       plan.state_floats[0] != 0 ? std::max(plan.state_floats[0], plan.state_floats[1]) : p.dim_k * p.dim_v;
-  return plan.local_states * p.heads * state + plan.dot_floats;
+  const int64_t spare = plan.local_states > 0 ? spare_states(p.packed, plan) * (p.backward ? 2 : 1) : 0;
+  return (plan.local_states + spare) * p.heads * state + plan.dot_floats;
 }
 
 // Tokens that the state pass of the 16-bit families gathers of a long segment at most, where all blocks walk at once:

@@ -220,9 +220,11 @@ TrilinearParams common_params(const Attention& args, const Plan& plan) {
   return params;
 }
 
-// A state [dim_a, dim_c] per unit, piece and head for the jobs of launch `which`: [num_pieces num_units, H, floats].
+// A state [dim_a, dim_c] per unit, piece and head for the jobs of launch `which`: [num_pieces num_units, H, floats],
+// and what spare_states says.
 Tensor empty_local_states(const Attention& args, const Plan& plan, int which, int64_t dim_a, int64_t dim_c) {
-  const int64_t units = plan.num_segments > 1 ? plan.num_units * plan.num_pieces : 0;
+  const int64_t units =
+      plan.num_segments > 1 ? plan.num_units * plan.num_pieces + spare_states(bool(args.cu_seqlens), plan) : 0;
   const int64_t own = plan.state_floats[which];
   return empty_contiguous(args.q, {units, args.sizes.heads, own != 0 ? own : dim_a * dim_c}, args.accumulation);
 }
