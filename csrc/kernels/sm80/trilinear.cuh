@@ -49,11 +49,14 @@ struct Config {
   static constexpr int kWarps = kSlice / kWarpCols;
   static constexpr int kThreads = 32 * (kWarps + kHelpers);
   static constexpr int kCopyThreads = kAhead ? 32 * kHelpers : kThreads;
+  // Gradients' main pass with helpers, which also store the results. The others do not wait for each other.
+  static constexpr bool kGradientsAhead = kAhead && kSplit && !kStateOnly;
 
   // The scores [kChunk, kChunk] are shared out among the warps in bands of 16 rows, and columns within a band.
   static constexpr int kBands = kChunk / 16;
   static constexpr int kScoreWarps = kAhead ? kHelpers : kWarps;
   static constexpr int kBandCols = kChunk * kBands / kScoreWarps;
+  static constexpr int kBlocksAtOnce = kGradientsAhead ? 2 : 1;  // of a band, by a helper
   static_assert(kBandCols % 16 == 0, "a warp computes whole 16x16 blocks of scores");
 
   using TileA = tile::SharedTile<T, kChunk, kTileA>;
@@ -158,16 +161,27 @@ __device__ __forceinline__ void scores(typename Cfg::TileP& scores_tile, SharedS
 #pragma unroll
     for (int d = 0; d < Cfg::kTileA / 16; ++d) ptx::ldmatrix_x4(fa[d], a.at(0, 2 * d));
     const int end = reverse ? Cfg::kBands : band + 1;
-    for (int block = reverse ? band : 0; block < end; ++block) {
-      float p[2][4] = {};
+    const auto compute = [&](int block, auto count) {
+      constexpr int kCount = decltype(count)::value;
+      float p[2 * kCount][4] = {};
 #pragma unroll
-      for (int d = 0; d < Cfg::kTileA / 16; ++d) {
-        uint32_t fb[4];
-        ptx::ldmatrix_x4(fb, b.at(block * 16, 2 * d));
-        ptx::mma<T>(p[0], fa[d], fb[0], fb[1]);
-        ptx::mma<T>(p[1], fa[d], fb[2], fb[3]);
-      }
-      mask_scores<Cfg, 1>(scores_tile, p, smem, band * 16, block * 16, intra, reverse, me);
+      for (int d = 0; d < Cfg::kTileA / 16; ++d)
+#pragma unroll
+        for (int j = 0; j < kCount; ++j) {
+          uint32_t fb[4];
+          ptx::ldmatrix_x4(fb, b.at((block + j) * 16, 2 * d));
+          ptx::mma<T>(p[2 * j], fa[d], fb[0], fb[1]);
+          ptx::mma<T>(p[2 * j + 1], fa[d], fb[2], fb[3]);
+        }
+      mask_scores<Cfg, kCount>(scores_tile, p, smem, band * 16, block * 16, intra, reverse, me);
+      return kCount;
+    };
+    for (int block = reverse ? band : 0; block < end;) {
+      constexpr int kAtOnce = Cfg::kBlocksAtOnce;
+      if (kAtOnce > 1 && block % kAtOnce == 0 && block + kAtOnce <= end)  // as mask_scores needs it
+        block += compute(block, std::integral_constant<int, kAtOnce>());
+      else
+        block += compute(block, std::integral_constant<int, 1>());
     }
     return;
   }
@@ -209,13 +223,22 @@ __device__ __forceinline__ float2 operand_range(const StateFragment<Cfg>& z) {
           __uint_as_float(static_cast<uint32_t>(127 + shift) << 23)};
 }
 
-// out = diag(inter lambda^n) a Z, n = i + 1 (reverse: rows - 1 - i).
+// out = diag(inter lambda^n) a Z, n = i + 1 (reverse: rows - 1 - i). kGradientsAhead: also the update's first step,
+// Z = lambda^rows Z, among the products, where it takes no time.
 template <class Cfg>
-__device__ __forceinline__ void inter(OutFragment<Cfg>& out, const StateFragment<Cfg>& z, SharedStorage<Cfg>& smem,
-                                      int stage, float factor, bool reverse, int rows, const Lane& me) {
+__device__ __forceinline__ void inter(OutFragment<Cfg>& out, StateFragment<Cfg>& z, SharedStorage<Cfg>& smem, int stage,
+                                      float factor, bool reverse, int rows, const Lane& me) {
   using T = typename Cfg::T;
   const auto a = tile::blocks_rows_first(smem.a[stage], 0, 0, me.lane);
   const float2 range = operand_range<Cfg>(z);
+  const float state_decay = Cfg::kGradientsAhead ? smem.decay.ascending()[rows] : 1.f;
+  // Two sets: 16 columns of a are loaded while the products with those before them are computed.
+  uint32_t operands[2][Cfg::kChunk / 16][4];
+  const auto load = [&](int d) {
+#pragma unroll
+    for (int m = 0; m < Cfg::kChunk / 16; ++m) ptx::ldmatrix_x4(operands[d % 2][m], a.at(m * 16, 2 * d));
+  };
+  if constexpr (Cfg::kGradientsAhead) load(0);
 #pragma unroll
   for (int d = 0; d < Cfg::kTileA / 16; ++d) {
     uint32_t fz[2 * Cfg::kBlockCols][2], fz_rest[2 * Cfg::kBlockCols][2];
@@ -223,13 +246,15 @@ __device__ __forceinline__ void inter(OutFragment<Cfg>& out, const StateFragment
     for (int t = 0; t < 2 * Cfg::kBlockCols; ++t)
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const float* pair = z[t / 2][2 * d + i] + 2 * (t % 2);
+        float* pair = z[t / 2][2 * d + i] + 2 * (t % 2);
         tile::split_pair<T>(pair[0] * range.x, pair[1] * range.x, fz[t][i], fz_rest[t][i]);
+        if constexpr (Cfg::kGradientsAhead) pair[0] *= state_decay, pair[1] *= state_decay;
       }
+    if (Cfg::kGradientsAhead && d + 1 < Cfg::kTileA / 16) load(d + 1);
 #pragma unroll
     for (int m = 0; m < Cfg::kChunk / 16; ++m) {
-      uint32_t fa[4];
-      ptx::ldmatrix_x4(fa, a.at(m * 16, 2 * d));
+      uint32_t (&fa)[4] = operands[d % 2][m];
+      if constexpr (!Cfg::kGradientsAhead) ptx::ldmatrix_x4(fa, a.at(m * 16, 2 * d));
 #pragma unroll
       for (int t = 0; t < 2 * Cfg::kBlockCols; ++t) ptx::mma<T>(out[m][t], fa, fz[t][0], fz[t][1]);
       if constexpr (Cfg::kSplit) {
@@ -260,10 +285,17 @@ template <class Cfg>
 struct ValueBlocks {
   tile::BlockAddress<typename Cfg::TileC> first;
   __device__ __forceinline__ ValueBlocks(const typename Cfg::TileC& c, const Lane& me)
-      : first(tile::blocks_units_first(c, 0, 2 * Cfg::kBlockCols * me.warp, me.lane)) {}
+      : first(Cfg::kGradientsAhead ? tile::blocks_rows_first(c, 0, 2 * Cfg::kBlockCols * me.warp, me.lane)
+                                   : tile::blocks_units_first(c, 0, 2 * Cfg::kBlockCols * me.warp, me.lane)) {}
   __device__ __forceinline__ void load(Values<Cfg>& values, int k) const {
 #pragma unroll
-    for (int g = 0; g < Cfg::kBlockCols; ++g) ptx::ldmatrix_x4_trans(values[g], first.at(k * 16, 2 * g));
+    for (int g = 0; g < Cfg::kBlockCols; ++g) {
+      ptx::ldmatrix_x4_trans(values[g], first.at(k * 16, 2 * g));
+      if constexpr (Cfg::kGradientsAhead) {  // loaded with the two registers of a B operand side by side: fewer moves
+        const uint32_t second = values[g][1];
+        values[g][1] = values[g][2], values[g][2] = second;
+      }
+    }
   }
 };
 
@@ -312,7 +344,7 @@ template <class Cfg>
 __device__ __forceinline__ void update_state(StateFragment<Cfg>& z, SharedStorage<Cfg>& smem, int stage, float factor,
                                              bool reverse, int rows, const Lane& me) {
   using T = typename Cfg::T;
-  scale_state<Cfg>(z, smem.decay.ascending()[rows]);
+  if constexpr (!Cfg::kGradientsAhead) scale_state<Cfg>(z, smem.decay.ascending()[rows]);  // inter has done it
 
   const auto b = tile::blocks_rows_first(smem.b[stage], 0, 0, me.lane);
   const ValueBlocks<Cfg> values(smem.c[stage], me);
@@ -383,6 +415,55 @@ __device__ __forceinline__ void store_out(typename Cfg::T* out, int64_t stride, 
     }
 }
 
+// Rounded, and so in half the registers.
+template <class Cfg>
+using PackedOut = uint32_t[Cfg::kChunk / 16][2 * Cfg::kBlockCols][2];
+
+template <class Cfg>
+__device__ __forceinline__ void pack_out(PackedOut<Cfg>& packed, const OutFragment<Cfg>& o) {
+#pragma unroll
+  for (int m = 0; m < Cfg::kChunk / 16; ++m)
+#pragma unroll
+    for (int t = 0; t < 2 * Cfg::kBlockCols; ++t)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        packed[m][t][half] = tile::pack<typename Cfg::T>(o[m][t][2 * half], o[m][t][2 * half + 1]);
+}
+
+// Into the tile of c, in place of this warp's columns, which no other warp reads and which this one is done with.
+template <class Cfg>
+__device__ __forceinline__ void stage_out(typename Cfg::TileC& c, const PackedOut<Cfg>& packed, const Lane& me) {
+  const tile::BlockAddress<typename Cfg::TileC> to{Cfg::TileC::offset(me.group, 2 * Cfg::kBlockCols * me.warp) +
+                                                   me.pair * 4u};
+  __syncwarp();  // all lanes have read c
+#pragma unroll
+  for (int m = 0; m < Cfg::kChunk / 16; ++m)
+#pragma unroll
+    for (int t = 0; t < 2 * Cfg::kBlockCols; ++t)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        *reinterpret_cast<uint32_t*>(reinterpret_cast<char*>(c.data) + to.at(m * 16 + 8 * half, t)) =
+            packed[m][t][half];
+}
+
+// And from there to global memory by the helpers, whole rows. What a thread reads is what its next copy into the tile
+// overwrites, and no other's.
+template <class Cfg>
+__device__ __forceinline__ void store_staged(typename Cfg::T* out, int64_t stride, const typename Cfg::TileC& staged,
+                                             int rows, int cols, int helper) {
+  using Rounds = tile::CopyRounds<typename Cfg::TileC, Cfg::kCopyThreads>;
+  const Rounds rounds(helper);
+  uint4 row[Rounds::kCount];
+#pragma unroll
+  for (int i = 0; i < Rounds::kCount; ++i)
+    row[i] = *reinterpret_cast<const uint4*>(reinterpret_cast<const char*>(staged.data) + rounds.offset(i));
+  const int count = rounds.count_within(rows, cols);
+  out += rounds.row * stride + rounds.unit * 8;
+#pragma unroll
+  for (int i = 0; i < Rounds::kCount; ++i, out += Rounds::kRows * stride)
+    if (i < count) *reinterpret_cast<uint4*>(out) = row[i];
+}
+
 // ---- the state in global memory
 
 // Calls body(element of z, pointer to the state's element) for what this lane holds of [Da, slice of Dc].
@@ -451,6 +532,9 @@ __device__ __forceinline__ float sum_of_warp(float value) {
 //                   | scores(i), inter(i) | barrier | intra(i), out(i), update(i) | barrier
 // kAhead, helpers:  | copy(i+2), scores(i+1)                            | barrier
 //         others:   | inter(i), intra(i), out(i), update(i)             | barrier
+// kGradientsAhead:
+//        helpers:   | copy(i+2) of a and b, scores(i+1) | out(i-1), copy(i+2) of c
+//         others:   | inter(i), intra(i), update(i), results into c's tile
 template <class Cfg>
 __global__ void __launch_bounds__(Cfg::kThreads, 1)
     la2_trilinear_sm80_kernel(const __grid_constant__ TrilinearParams p) {
@@ -517,6 +601,7 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
   };
   constexpr int kStages = Cfg::kStages;
   const int copier = static_cast<int>(threadIdx.x) - (Cfg::kThreads - Cfg::kCopyThreads);
+  int first_step = 0, end_step = num_chunks;
   auto start_copy = [&](int step) {
     const int chunk = chunk_at(step), rows = rows_of(chunk), stage = step % kStages;
     const int64_t row = static_cast<int64_t>(chunk) * Cfg::kChunk;
@@ -528,35 +613,61 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
     tile::copy_rows_async<typename Cfg::TileC, Cfg::kCopyThreads>(
         tile::shared_address(smem.c[stage].data), c + row * job.c.stride_n, job.c.stride_n, rows, cols, copier);
   };
+  // kGradientsAhead: in two parts, since the results leave c's tile later.
+  auto copy = [&](auto& to, const T* from, int64_t stride, int columns, int step) {
+    const int chunk = chunk_at(step), rows = rows_of(chunk);
+    tile::copy_in_rounds_async<Cfg::kCopyThreads>(to, from + static_cast<int64_t>(chunk) * Cfg::kChunk * stride, stride,
+                                                  rows, columns, copier);
+  };
+  auto start_copy_of_ab = [&](int step) {
+    if constexpr (Cfg::kGradientsAhead) {
+      if (step >= end_step) return;
+      copy(smem.a[step % kStages], a, job.a.stride_n, job.dim_a, step);
+      copy(smem.b[step % kStages], b, job.b.stride_n, job.dim_a, step);
+    }
+  };
+  auto start_copy_of_c = [&](int step) {
+    if (step < end_step) copy(smem.c[step % kStages], c, job.c.stride_n, cols, step);
+  };
   // Behind it chunk `step` is there (kLead: the next one as well), and everyone is done with the one before. Helpers
   // and the others come to it from different places, so each arrives for the other: these at kTaken once they are past
   // kFilled, those the next time at kFilled once they are past kTaken.
+  // kGradientsAhead: each of the others has a kFilled of its own with the helpers, so that none of them waits for the
+  // rest of them unless it is a chunk ahead.
   constexpr int kLead = Cfg::kAhead && !kStateOnly ? 1 : 0;
-  enum NamedBarrier { kFilled = 1, kTaken = 2 };
+  constexpr int kParties = Cfg::kGradientsAhead ? Cfg::kWarps : 1;
+  constexpr int kFilledThreads = 32 * (Cfg::kHelpers + Cfg::kWarps / kParties);
+  enum NamedBarrier { kFilled = 1, kTaken = kFilled + kParties };
   auto meet = [&] {
     if constexpr (Cfg::kAhead) {
-      ptx::named_barrier_sync(kFilled, Cfg::kThreads);
+      ptx::named_barrier_sync(kFilled + (kParties > 1 ? me.warp : 0), kFilledThreads);
       ptx::named_barrier_arrive(kTaken, Cfg::kThreads);
     } else {
       ptx::cp_async_wait<kStages - 2>();
       __syncthreads();
     }
   };
+  auto arrive_as_helper = [&] {
+#pragma unroll
+    for (int party = 0; party < kParties; ++party) ptx::named_barrier_arrive(kFilled + party, kFilledThreads);
+  };
   auto meet_as_helper = [&] {
     ptx::cp_async_wait<kStages - 2 - kLead>();
-    ptx::named_barrier_arrive(kFilled, Cfg::kThreads);
+    arrive_as_helper();
     ptx::named_barrier_sync(kTaken, Cfg::kThreads);
   };
-  int first_step = 0, end_step = num_chunks;
+  auto score = [&](int step) {
+    if constexpr (kLead) {
+      if (step < end_step)
+        scores<Cfg>(smem.scores[step % 2], smem, step % kStages, static_cast<float>(job.intra), reverse,
+                    me.warp - Cfg::kWarps, me);
+    }
+  };
   // What those who copy do then.
   auto prepare = [&](int step) {
     if (step + kStages - 1 < end_step) start_copy(step + kStages - 1);
     ptx::cp_async_commit();
-    if constexpr (kLead) {
-      if (step + 1 < end_step)
-        scores<Cfg>(smem.scores[(step + 1) % 2], smem, (step + 1) % kStages, static_cast<float>(job.intra), reverse,
-                    me.warp - Cfg::kWarps, me);
-    }
+    score(step + 1);
   };
   const bool helps = Cfg::kAhead && me.warp >= Cfg::kWarps;
   // What decay leaves nothing of need not be gathered. Few chunks are not worth waiting for the slope.
@@ -572,15 +683,44 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
   }
   if (!Cfg::kAhead || helps) {
     for (int step = first_step; step < first_step + kStages - 1 - kLead; ++step) {
-      if (step < end_step) start_copy(step);
+      if constexpr (Cfg::kGradientsAhead) {
+        start_copy_of_ab(step);
+        start_copy_of_c(step);
+      } else {
+        if (step < end_step) start_copy(step);
+      }
       ptx::cp_async_commit();
     }
   }
   smem.decay.fill(simt::slope_of<float>(p, unit.sequence, head), threadIdx.x, Cfg::kThreads);
   if (helps) {
-    for (int step = first_step - kLead; step < end_step; ++step) {
+    if constexpr (Cfg::kGradientsAhead) {
+      auto store = [&](int step) {  // the others have waited for the kernel before this one
+        const int chunk = chunk_at(step);
+        const int64_t row = static_cast<int64_t>(chunk) * Cfg::kChunk;
+        if (step >= first_step)
+          store_staged<Cfg>(out + row * job.out.stride_n, job.out.stride_n, smem.c[step % kStages], rows_of(chunk),
+                            cols, copier);
+      };
       meet_as_helper();
-      prepare(step);
+      for (int step = first_step - 1; step < end_step; ++step) {  // chunk step - 1 is done with
+        start_copy_of_ab(step + 2);
+        ptx::cp_async_commit();
+        score(step + 1);
+        ptx::cp_async_wait<1>();  // c of step + 1
+        arrive_as_helper();
+        store(step - 1);
+        start_copy_of_c(step + 2);
+        ptx::cp_async_commit();
+        ptx::cp_async_wait<1>();  // a and b of step + 2
+        ptx::named_barrier_sync(kTaken, Cfg::kThreads);
+      }
+      store(end_step - 1);
+    } else {
+      for (int step = first_step - kLead; step < end_step; ++step) {
+        meet_as_helper();
+        prepare(step);
+      }
     }
     return;
   }
@@ -608,6 +748,8 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
 
   const bool to_local = kStateOnly && !p.states_alone;
   const MutableState& leaving = to_local ? job.local : job.final;
+  const float inter_factor = static_cast<float>(job.inter), update_factor = static_cast<float>(job.update);
+  constexpr bool kKeeps = Cfg::kGradientsAhead;  // them; other instances have no registers for it
   const bool wants_state = leaving.data != nullptr && (to_local || is_last);
   for (int step = first_step; step < end_step; ++step) {
     meet();
@@ -616,10 +758,12 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
     const int64_t row = static_cast<int64_t>(chunk) * Cfg::kChunk;
 
     float dots[3] = {};
+    PackedOut<Cfg> packed;
     if constexpr (!kStateOnly) {
       OutFragment<Cfg> o = {};
       if (!kLead) scores<Cfg>(smem.scores[0], smem, stage, static_cast<float>(job.intra), reverse, me.warp, me);
-      if (has_state) inter<Cfg>(o, z, smem, stage, static_cast<float>(job.inter), reverse, rows, me);
+      if (Cfg::kGradientsAhead || has_state)
+        inter<Cfg>(o, z, smem, stage, kKeeps ? inter_factor : static_cast<float>(job.inter), reverse, rows, me);
       if (!kLead) __syncthreads();  // the scores are complete
       if (Cfg::kSlopeGrad && smem.slope_grad[0].chunk_dots != nullptr) {
         const T* x_chunk = smem.slope_grad[0].x + row * job.x.stride_n;
@@ -646,12 +790,16 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
         intra<Cfg, true>(o, scores_tile, smem.c[stage], me);
       else
         intra<Cfg, false>(o, scores_tile, smem.c[stage], me);
-      store_out<Cfg>(out + row * job.out.stride_n, job.out.stride_n, o, rows, cols, me);
+      if constexpr (Cfg::kGradientsAhead)
+        pack_out<Cfg>(packed, o);
+      else
+        store_out<Cfg>(out + row * job.out.stride_n, job.out.stride_n, o, rows, cols, me);
     }
     if (step + 1 < num_chunks || wants_state) {
-      update_state<Cfg>(z, smem, stage, static_cast<float>(job.update), reverse, rows, me);
+      update_state<Cfg>(z, smem, stage, kKeeps ? update_factor : static_cast<float>(job.update), reverse, rows, me);
       has_state = true;
     }
+    if constexpr (Cfg::kGradientsAhead) stage_out<Cfg>(smem.c[stage], packed, me);
     if constexpr (Cfg::kSlopeGrad) {
       if (smem.slope_grad[0].chunk_dots == nullptr) continue;
       for (int i = 0; i < 3; ++i) {
@@ -666,6 +814,8 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
       }
     }
   }
+
+  if constexpr (Cfg::kGradientsAhead) meet();  // for the last chunk's results
 
   if (wants_state) {
     const int piece = to_local ? ptx::opaque(static_cast<int>(blockIdx.z)) : 0;

@@ -71,4 +71,42 @@ __device__ __forceinline__ void copy_rows_async(uint32_t base, const T* source, 
   }
 }
 
+// How kThreads threads share out a tile by 16 bytes: `kCount` rounds, kRows further on each.
+template <class Tile, int kThreads>
+struct CopyRounds {
+  static constexpr int kRows = kThreads / Tile::kUnits, kCount = Tile::kRows / kRows;
+  static_assert(kThreads % Tile::kUnits == 0 && Tile::kRows % kRows == 0 && kRows % 8 == 0);
+  int row, unit;
+  __device__ __forceinline__ explicit CopyRounds(int thread)
+      : row(thread / Tile::kUnits), unit(thread % Tile::kUnits) {}
+  // Byte offset; the swizzle is the same eight rows on.
+  __device__ __forceinline__ int offset(int round) const {
+    return Tile::offset(row, unit) + round * kRows * Tile::kUnits * 16;
+  }
+  // Rounds that this thread has within rows [0, rows) and columns [0, cols).
+  __device__ __forceinline__ int count_within(int rows, int cols) const {
+    return unit * 8 < cols ? (rows - row + kRows - 1) / kRows : 0;
+  }
+};
+
+// copy_rows_async, with nothing to choose for a thread where the tile is whole.
+template <int kThreads, class Tile, class T>
+__device__ __forceinline__ void copy_in_rounds_async(Tile& tile, const T* source, int64_t stride, int rows, int cols,
+                                                     int thread) {
+  using Rounds = CopyRounds<Tile, kThreads>;
+  const Rounds rounds(thread);
+  const uint32_t to = shared_address(tile.data);
+  const T* from = source + rounds.row * stride + rounds.unit * 8;
+  if (rows == Tile::kRows && cols == Tile::kCols) {
+#pragma unroll
+    for (int i = 0; i < Rounds::kCount; ++i, from += Rounds::kRows * stride)
+      ptx::cp_async_16(to + rounds.offset(i), from, true);
+    return;
+  }
+  const int count = rounds.count_within(rows, cols);
+#pragma unroll 1
+  for (int i = 0; i < Rounds::kCount; ++i, from += Rounds::kRows * stride)
+    ptx::cp_async_16(to + rounds.offset(i), i < count ? from : source, i < count);
+}
+
 }  // namespace la2::tile
