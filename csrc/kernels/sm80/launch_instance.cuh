@@ -5,6 +5,7 @@
 #include "kernels/sm80/launch_instance.h"
 #include "kernels/sm80/one_pass.cuh"
 #include "kernels/sm80/trilinear.cuh"
+#include "kernels/sm80/two_roles.cuh"
 
 namespace la2::sm80 {
 namespace {
@@ -30,6 +31,7 @@ cudaError_t launch(TrilinearParams params, const LaunchOptions& options, cudaStr
   const int64_t jobs_in_x = Cfg::kAhead ? params.num_jobs : 1;
   const int64_t blocks = slices * params.sizes.heads * params.num_units * jobs_in_x;
   if (blocks == 0) return cudaSuccess;
+  if (Cfg::kTwoRoles && (params.num_jobs != 1 || params.jobs[0].reverse)) return cudaErrorInvalidConfiguration;
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
   const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(params.num_jobs / jobs_in_x),
                   Cfg::kStateOnly ? static_cast<unsigned>(params.num_pieces) : 1);
@@ -43,10 +45,16 @@ cudaError_t launch(TrilinearParams params, const LaunchOptions& options, cudaStr
     }
     return cudaErrorInvalidDeviceFunction;
   }
-  const auto kernel = la2_trilinear_sm80_kernel<Cfg>;
+  const auto kernel = [] {
+    if constexpr (Cfg::kTwoRoles)
+      return la2_two_roles_sm80_kernel<Cfg>;
+    else
+      return la2_trilinear_sm80_kernel<Cfg>;
+  }();
   constexpr int kShared = sizeof(SharedStorage<Cfg>);
   constexpr int kPlanned = sm80_shared_bytes({Cfg::kTileA, Cfg::kSlice, Cfg::kChunk}, Cfg::kSlopeGrad);
-  static_assert(Cfg::kStateOnly ? kShared <= kPlanned : kShared == kPlanned, "the planner counts on it");
+  static_assert(Cfg::kStateOnly || Cfg::kTwoRoles ? kShared <= kPlanned : kShared == kPlanned,
+                "the planner counts on it");
   if (const cudaError_t error = allow_shared(kernel, kShared); error != cudaSuccess) return error;
   return simt::launch_overlapping(kernel, grid, Cfg::kThreads, kShared, options.overlaps, stream, params);
 }

@@ -7,14 +7,13 @@
 #include <utility>
 
 #include "../simt/vec.cuh"
-#include "trilinear.cuh"
+#include "two_roles.cuh"
 
 namespace la2::sm80 {
 
 // Which instances have the kernel.
 template <class Cfg>
-constexpr bool kHasOnePass =
-    sm80_has_one_pass({Cfg::kTileA, Cfg::kSlice, Cfg::kChunk}) && !Cfg::kSplit && !Cfg::kSlopeGrad && !Cfg::kStateOnly;
+constexpr bool kHasOnePass = sm80_has_one_pass({Cfg::kTileA, Cfg::kSlice, Cfg::kChunk}) && Cfg::kTwoRoles;
 
 // A local state in the order of the fragments, 16 bytes a lane: kTileA * kSlice floats.
 template <class Cfg, class Body>
@@ -28,22 +27,22 @@ __device__ __forceinline__ void for_each_state_vector(StateFragment<Cfg>& z, flo
 }
 
 // What la2_combine_simt_kernel does with states of this order: what leaves a segment takes the place of what it
-// gathered. The blocks of a head and slice share its elements out. By the helpers, as the others have no registers for
+// gathered. The blocks of a head and slice share its elements out. By the makers, as the keepers have no registers for
 // it. `first`: of the sequence's first segment.
 template <class Cfg>
 __device__ __forceinline__ void combine_segments(float* first, int64_t stride, int segment, int num_segments,
-                                                 float decay, int helper) {
+                                                 float decay, int maker) {
   if (num_segments < 2) return;  // or no unit
   if (decay < 0x1p-40f) return;  // nothing of a segment is left behind the next one (simt::window_chunks)
-  constexpr int kAtOnce = 16, kVecs = 2, kApart = Cfg::kCopyThreads * 4, kFloats = Cfg::kTileA * Cfg::kSlice;
+  constexpr int kAtOnce = 16, kVecs = 2, kApart = Cfg::kThreads / 2 * 4, kFloats = Cfg::kTileA * Cfg::kSlice;
   static_assert(kFloats % (kVecs * kApart) == 0);
   const int count = num_segments - 1;  // nobody gathered the last one
-  for (int at = segment * kVecs * kApart + helper * 4; at < kFloats; at += num_segments * kVecs * kApart) {
+  for (int at = segment * kVecs * kApart + maker * 4; at < kFloats; at += num_segments * kVecs * kApart) {
     simt::Vec<float> z[kVecs] = {};
     float* place = first + at;
 #pragma unroll 1
     for (int begin = 0; begin < count; begin += kAtOnce) {
-      simt::Vec<float> gathered[kAtOnce][kVecs];
+      simt::Vec<float> gathered[kAtOnce][kVecs] = {};  // else old ones would be kept throughout the kernel
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i)
 #pragma unroll
@@ -77,17 +76,15 @@ struct OnePassStorage {
 
 // Grid: x = slices x heads x units, all resident; one job, not reverse.
 //
-// Twice through the chunks of a segment, which are counted on: gathering [0, gathered), where the segment is not the
-// last, and the main pass [gathered, all). Helpers and the others as in la2_trilinear_sm80_kernel. A hang is impossible
-// by construction: whatever its segment, a block comes to both of the grid's barriers, having waited for its own copies
-// alone.
+// Twice through a segment: gathering its last `gathered` chunks, where it is not the sequence's last, and then as in
+// la2_two_roles_sm80_kernel. Gathering, the makers copy and the keepers update. Before it, until the first chunk is
+// there, a dry chunk fetches the code. A hang is impossible by construction: whatever its segment, a block comes to
+// both of the grid's barriers, having waited for its own copies alone.
 template <class Cfg>
 __global__ void __launch_bounds__(Cfg::kThreads, 1)
     la2_one_pass_sm80_kernel(const __grid_constant__ TrilinearParams p) {
   using T = typename Cfg::T;
-  static_assert(Cfg::kAhead);
-  constexpr int kStages = Cfg::kStages;
-  constexpr bool kReverse = false;
+  constexpr int kThreads = Cfg::kThreads;
   extern __shared__ __align__(128) char raw[];
   OnePassStorage<Cfg>& storage = *reinterpret_cast<OnePassStorage<Cfg>*>(raw);
   SharedStorage<Cfg>& smem = storage.tiles;
@@ -104,77 +101,55 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
   const bool is_last = unit.segment + 1 == unit.num_segments;
 
   const int num_chunks = static_cast<int>((unit.length + Cfg::kChunk - 1) / Cfg::kChunk);  // 0: no unit
+  const int last_rows = static_cast<int>(unit.length - static_cast<int64_t>(num_chunks - 1) * Cfg::kChunk);
   int gathered = unit.valid && !is_last ? num_chunks : 0;
   if (gathered > kFewChunks)
     gathered = simt::window_chunks<Cfg::kChunk>(simt::slope_of<float>(p, unit.sequence, head), num_chunks);
-  const int num_steps = gathered + num_chunks;
-  auto chunk_at = [&](int step) { return step < gathered ? num_chunks - gathered + step : step - gathered; };
-  const int last_rows = static_cast<int>(unit.length - static_cast<int64_t>(num_chunks - 1) * Cfg::kChunk);
-  auto rows_of = [&](int step) { return step + 1 < num_steps ? Cfg::kChunk : last_rows; };
 
-  enum NamedBarrier { kFilled = 1, kTaken, kOthers };
   if (me.warp >= Cfg::kWarps) {
-    const T* a = simt::first_row<const T>(job.a, unit, head);
-    const T* b = simt::first_row<const T>(job.b, unit, head);
-    const T* c = simt::first_row<const T>(job.c, unit, head, first_col);
-    const int helper = static_cast<int>(threadIdx.x) - 32 * Cfg::kWarps;
+    const int maker = static_cast<int>(threadIdx.x) - kThreads / 2;
+    const int64_t first = static_cast<int64_t>(num_chunks - gathered) * Cfg::kChunk;
+    const T* b = simt::first_row<const T>(job.b, unit, head) + first * job.b.stride_n;
+    const T* c = simt::first_row<const T>(job.c, unit, head, first_col) + first * job.c.stride_n;
     auto start_copy = [&](int step) {
-      if (step < num_steps) {
-        const int rows = rows_of(step), stage = step % kStages;
-        const int64_t row = static_cast<int64_t>(chunk_at(step)) * Cfg::kChunk;
-        tile::copy_rows_async<typename Cfg::TileA, Cfg::kCopyThreads>(tile::shared_address(smem.b[stage].data),
-                                                                      b + row * job.b.stride_n, job.b.stride_n, rows,
-                                                                      job.dim_a, helper);
-        tile::copy_rows_async<typename Cfg::TileC, Cfg::kCopyThreads>(
-            tile::shared_address(smem.c[stage].data), c + row * job.c.stride_n, job.c.stride_n, rows, cols, helper);
-        if (step >= gathered)
-          tile::copy_rows_async<typename Cfg::TileA, Cfg::kCopyThreads>(tile::shared_address(smem.a[stage].data),
-                                                                        a + row * job.a.stride_n, job.a.stride_n, rows,
-                                                                        job.dim_a, helper);
+      if (step < gathered) {
+        const int stage = step % kGatherStages;  // the third: keep_state
+        const auto& to_b = stage == 2 ? smem.a[0] : smem.b[stage];
+        const auto& to_c = stage == 2 ? smem.a[1] : smem.c[stage];
+        const int copier = ptx::opaque(maker);  // or its addresses would be kept in registers throughout
+        tile::copy_rows_async<typename Cfg::TileA, kThreads / 2>(
+            tile::shared_address(to_b.data), b, ptx::opaque_wide(job.b.stride_n), Cfg::kChunk, job.dim_a, copier);
+        tile::copy_rows_async<typename Cfg::TileC, kThreads / 2>(
+            tile::shared_address(to_c.data), c, ptx::opaque_wide(job.c.stride_n), Cfg::kChunk, cols, copier);
+        b += Cfg::kChunk * job.b.stride_n, c += Cfg::kChunk * job.c.stride_n;
       }
       ptx::cp_async_commit();
     };
-    auto meet = [&] {
-      ptx::named_barrier_arrive(kFilled, Cfg::kThreads);
-      ptx::named_barrier_sync(kTaken, Cfg::kThreads);
-    };
-    auto scores_of = [&](int step) {
-      if (step < num_steps)
-        scores<Cfg>(smem.scores[step % 2], smem, step % kStages, static_cast<float>(job.intra), kReverse,
-                    me.warp - Cfg::kWarps, me);
-    };
 #pragma unroll 1
-    for (int step = 0; step < kStages - 1; ++step) start_copy(step);
+    for (int step = 0; step < kGatherStages - 1; ++step) start_copy(step);
+    ptx::named_barrier_sync(kFilled, kThreads);
 #pragma unroll 1
-    for (int step = 0; step < gathered; ++step) {
-      ptx::cp_async_wait<kStages - 2>();
-      meet();
-      start_copy(step + kStages - 1);
-    }
-    auto arrival = grid.barrier_arrive();
-    ptx::cp_async_wait<kStages - 2>();  // the main pass's first chunk
-    meet();
-    scores_of(gathered);
-    const float decay = rounded_decay_power(storage.slope, static_cast<int>(p.segment_len));
-    grid.barrier_wait(std::move(arrival));
-    combine_segments<Cfg>(storage.local - storage.segment * job.local.stride_s, job.local.stride_s, storage.segment,
-                          storage.num_segments, decay, helper);
-    grid.sync();
+    for (int is_dry = ptx::opaque(1); is_dry >= 0; --is_dry) {
+      make_outputs<Cfg>(smem, job, simt::first_row<T>(job.out, unit, head, first_col), is_dry ? 1 : num_chunks,
+                        is_dry ? 0 : last_rows, cols, is_dry, Lane(ptx::opaque(maker)));
+      if (!is_dry) return;
 #pragma unroll 1
-    for (int step = gathered; step < num_steps; ++step) {
-      ptx::cp_async_wait<kStages - 3>();  // the next chunk is there as well
-      meet();
-      start_copy(step + kStages - 1);
-      scores_of(step + 1);
+      for (int step = 0; step < gathered; ++step) {
+        ptx::cp_async_wait<kGatherStages - 2>();
+        ptx::named_barrier_arrive(kGathered, kThreads);
+        ptx::named_barrier_sync(kUsed, kThreads);
+        start_copy(step + kGatherStages - 1);
+      }
+      auto arrival = grid.barrier_arrive();
+      const float decay = rounded_decay_power(storage.slope, static_cast<int>(p.segment_len));
+      grid.barrier_wait(std::move(arrival));
+      combine_segments<Cfg>(storage.local - storage.segment * job.local.stride_s, job.local.stride_s, storage.segment,
+                            storage.num_segments, decay, maker);
+      grid.sync();
     }
     return;
   }
 
-  auto meet = [&] {
-    ptx::named_barrier_sync(kFilled, Cfg::kThreads);
-    ptx::named_barrier_arrive(kTaken, Cfg::kThreads);
-  };
-  T* out = simt::first_row<T>(job.out, unit, head, first_col);
   const float slope = simt::slope_of<float>(p, unit.sequence, head);
   if (threadIdx.x == 0) {
     const State& initial = job.initial;
@@ -196,51 +171,34 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
     storage.slope = slope;
     storage.gathers_all = gathered == num_chunks;
   }
-  smem.decay.fill(slope, threadIdx.x, 32 * Cfg::kWarps);
-  ptx::named_barrier_sync(kOthers, 32 * Cfg::kWarps);
+  smem.decay.fill(slope, threadIdx.x, kThreads / 2);
+  ptx::named_barrier_arrive(kFilled, kThreads);
+  ptx::named_barrier_sync(kKeepers, kThreads / 2);
 
-  // One piece of code for all: gathering, the main pass, and before them, until the first chunk is there, a step whose
-  // results are dropped. It fetches the code of the main pass.
-  enum Pass { kFetching, kGathering, kMain };
+  ChunkCopies<Cfg> copies(job, unit, head, first_col, cols, smem);
+  // One piece of code for all.
 #pragma unroll 1
-  for (int pass = ptx::opaque(kFetching); pass <= kMain; ++pass) {
-    const int end = pass == kMain ? num_steps : pass == kGathering ? gathered : 1;
+  for (int pass = ptx::opaque(static_cast<int>(Walk::kDry)); pass <= static_cast<int>(Walk::kAll); ++pass) {
+    const Walk walk = static_cast<Walk>(pass);
     StateFragment<Cfg> z = {};
-    bool has_state = pass == kFetching;
-    if (pass == kMain && storage.segment > 0) {
+    if (walk == Walk::kAll && storage.segment > 0) {
       // What leaves the segment before.
       for_each_state_vector<Cfg>(z, storage.local - job.local.stride_s, me, [](float (&x)[4], const float* at) {
         const float4 vec = *reinterpret_cast<const float4*>(at);
         x[0] = vec.x, x[1] = vec.y, x[2] = vec.z, x[3] = vec.w;
       });
-      has_state = true;
-    } else if (pass != kFetching && storage.initial != nullptr && (pass == kMain || storage.gathers_all)) {
+    } else if (walk != Walk::kDry && storage.initial != nullptr && (walk == Walk::kAll || storage.gathers_all)) {
       const State& s = job.initial;
       for_each_state_element<Cfg>(z, storage.initial, ptx::opaque_wide(s.stride_d), ptx::opaque_wide(s.stride_e),
                                   ptx::opaque(job.dim_a), ptx::opaque(cols), me,
                                   [](float& element, const float* stored) { element = *stored; });
-      has_state = true;
     }
-#pragma unroll 1
-    for (int step = pass == kMain ? gathered : 0; step < end; ++step) {
-      if (pass != kFetching) meet();
-      // Nothing is copied into the last stage at first.
-      const int rows = pass == kFetching ? 0 : rows_of(step);
-      const int stage = pass == kFetching ? kStages - 1 : step % kStages;
-      if (pass != kGathering) {
-        OutFragment<Cfg> o = {};
-        if (has_state) inter<Cfg>(o, z, smem, stage, static_cast<float>(job.inter), kReverse, rows, me);
-        intra<Cfg, kReverse>(o, smem.scores[step % 2], smem.c[stage], me);
-        store_out<Cfg>(out, job.out.stride_n, o, rows, cols, me);
-        if (pass == kMain) out += Cfg::kChunk * job.out.stride_n;
-      }
-      if (step + 1 < num_steps || storage.final != nullptr) {
-        update_state<Cfg>(z, smem, stage, static_cast<float>(job.update), kReverse, rows, me);
-        has_state = true;
-      }
-    }
-    if (pass == kFetching) continue;
-    if (pass == kMain) {
+    const int chunks = walk == Walk::kDry ? 1 : walk == Walk::kGathering ? gathered : num_chunks;
+    const int end_rows = walk == Walk::kDry ? 0 : walk == Walk::kGathering ? Cfg::kChunk : last_rows;
+    const bool wants_state = walk != Walk::kAll || storage.final != nullptr;
+    keep_state<Cfg>(z, smem, copies, job.update, chunks, end_rows, wants_state, walk, me);
+    if (walk == Walk::kDry) continue;
+    if (walk == Walk::kAll) {
       if (storage.final == nullptr) return;
       const MutableState& s = job.final;
       for_each_state_element<Cfg>(z, storage.final, ptx::opaque_wide(s.stride_d), ptx::opaque_wide(s.stride_e),
@@ -248,12 +206,13 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
                                   [](float& element, float* stored) { *stored = element; });
       return;
     }
+    ptx::named_barrier_sync(kKeepers, kThreads / 2);  // nobody reads what was gathered
+    copies.first(num_chunks, last_rows);
     if (gathered > 0)
       for_each_state_vector<Cfg>(z, storage.local, me, [](float (&x)[4], float* at) {
         __stwb(reinterpret_cast<float4*>(at), make_float4(x[0], x[1], x[2], x[3]));
       });
     auto arrival = grid.barrier_arrive();
-    meet();
     grid.barrier_wait(std::move(arrival));
     grid.sync();
   }

@@ -42,9 +42,10 @@ struct Config {
   // Four more warps copy, and compute a chunk's scores while the others walk the chunk before.
   static constexpr bool kAhead = sm80_is_ahead({kTileA, kSlice, kChunk}, kSlopeGrad);
   static constexpr int kHelpers = kAhead ? 4 : 0;
-  // Each of the others owns 16 columns of c and out; for out 32, which halves what all of them read of a and b.
-  // Gradients and the state pass lose by it (../DESIGN.md).
-  static constexpr int kBlockCols = kAhead && !kSplit && !kStateOnly ? 2 : 1;  // in blocks of 16
+  // Out instead has two roles of four warps (two_roles.cuh), of which these four more make the outputs.
+  static constexpr bool kTwoRoles = kAhead && !kSplit && !kStateOnly;
+  // Each of the others owns 16 columns of c and out; of two roles each warp 32.
+  static constexpr int kBlockCols = kTwoRoles ? 2 : 1;  // in blocks of 16
   static constexpr int kWarpCols = 16 * kBlockCols;
   static constexpr int kWarps = kSlice / kWarpCols;
   static constexpr int kThreads = 32 * (kWarps + kHelpers);
@@ -62,11 +63,12 @@ struct Config {
   using TileA = tile::SharedTile<T, kChunk, kTileA>;
   using TileC = tile::SharedTile<T, kChunk, kSlice>;
   using TileP = tile::SharedTile<T, kChunk, kChunk>;
+  using TileOut = tile::SharedTile<T, kChunk, kWarpCols>;  // a warp's columns of out, of two roles
 
   static constexpr int kScoreTiles = kAhead ? 2 : 1;
   // The state pass has no a and no scores, and room for as many. With five, a helper was stuck issuing copies that
   // nobody waited for (../DESIGN.md).
-  static constexpr int kStages = kAhead || kStateOnly ? 3 : 2;
+  static constexpr int kStages = (kAhead && !kTwoRoles) || kStateOnly ? 3 : 2;
 };
 
 template <class Cfg>
@@ -77,7 +79,10 @@ struct SlopeGradStorage {
   float dots[Cfg::kWarps][3];
 };
 
-template <class Cfg, bool kStateOnly = Cfg::kStateOnly>
+enum class StorageOf { kOneRole, kStatePass, kTwoRoles };
+template <class Cfg, StorageOf = Cfg::kStateOnly  ? StorageOf::kStatePass
+                                 : Cfg::kTwoRoles ? StorageOf::kTwoRoles
+                                                  : StorageOf::kOneRole>
 struct SharedStorage {
   typename Cfg::TileA a[Cfg::kStages];           // [C, Da]
   typename Cfg::TileA b[Cfg::kStages];           // [C, Da]
@@ -87,7 +92,7 @@ struct SharedStorage {
   SlopeGradStorage<Cfg> slope_grad[Cfg::kSlopeGrad ? 1 : 0];
 };
 template <class Cfg>
-struct SharedStorage<Cfg, true> {
+struct SharedStorage<Cfg, StorageOf::kStatePass> {
   typename Cfg::TileA b[Cfg::kStages];
   typename Cfg::TileC c[Cfg::kStages];
   tile::Decay<Cfg::kChunk> decay;
@@ -107,7 +112,8 @@ using OutFragment = OutRows<Cfg>[Cfg::kChunk / 16];
 
 struct Lane {
   int warp, lane, group, pair;  // lane = 4 group + pair
-  __device__ Lane() : warp(threadIdx.x / 32), lane(threadIdx.x % 32), group(lane / 4), pair(lane % 4) {}
+  __device__ explicit Lane(unsigned thread = threadIdx.x)
+      : warp(thread / 32), lane(thread % 32), group(lane / 4), pair(lane % 4) {}
 };
 
 // ---- steps of the chunk loop
@@ -338,17 +344,16 @@ __device__ __forceinline__ void scale_state(StateFragment<Cfg>& z, float factor)
       for (int i = 0; i < 4; ++i) z[g][n][i] *= factor;
 }
 
-// Z = lambda^rows Z + b^T diag(update lambda^n) c, n = rows - 1 - j (reverse: j + 1). The weights go onto c, of
-// which a warp holds 16 columns, and not onto b, of which it would have to scale all.
+// Z += b^T diag(update lambda^n) c, n = rows - 1 - j (reverse: j + 1). The weights go onto c, of which a warp holds 16
+// columns, and not onto b, of which it would have to scale all.
 template <class Cfg>
-__device__ __forceinline__ void update_state(StateFragment<Cfg>& z, SharedStorage<Cfg>& smem, int stage, float factor,
-                                             bool reverse, int rows, const Lane& me) {
+__device__ __forceinline__ void add_chunk(StateFragment<Cfg>& z, const typename Cfg::TileA& b_tile,
+                                          const typename Cfg::TileC& c_tile, const tile::Decay<Cfg::kChunk>& decay,
+                                          float factor, bool reverse, int rows, const Lane& me) {
   using T = typename Cfg::T;
-  if constexpr (!Cfg::kGradientsAhead) scale_state<Cfg>(z, smem.decay.ascending()[rows]);  // inter has done it
-
-  const auto b = tile::blocks_rows_first(smem.b[stage], 0, 0, me.lane);
-  const ValueBlocks<Cfg> values(smem.c[stage], me);
-  const float* weights = smem.decay.against(reverse) + (me.pair * 2 + (reverse ? 1 : 1 - rows));
+  const auto b = tile::blocks_rows_first(b_tile, 0, 0, me.lane);
+  const ValueBlocks<Cfg> values(c_tile, me);
+  const float* weights = decay.against(reverse) + (me.pair * 2 + (reverse ? 1 : 1 - rows));
   constexpr int kUnroll = Cfg::kTileA > 128 ? 1 : Cfg::kChunk / 16;  // for want of registers
 #pragma unroll kUnroll
   for (int k = 0; k < Cfg::kChunk / 16; ++k) {
@@ -380,6 +385,14 @@ __device__ __forceinline__ void update_state(StateFragment<Cfg>& z, SharedStorag
       }
     }
   }
+}
+
+// Z = lambda^rows Z + that; kGradientsAhead: inter has decayed it.
+template <class Cfg>
+__device__ __forceinline__ void update_state(StateFragment<Cfg>& z, SharedStorage<Cfg>& smem, int stage, float factor,
+                                             bool reverse, int rows, const Lane& me) {
+  if constexpr (!Cfg::kGradientsAhead) scale_state<Cfg>(z, smem.decay.ascending()[rows]);
+  add_chunk<Cfg>(z, smem.b[stage], smem.c[stage], smem.decay, factor, reverse, rows, me);
 }
 
 // The four lanes of a quad hold w[i] = item i, part `pair`; afterwards lane `pair` holds item `pair`, part i.

@@ -52,6 +52,11 @@ template <class Tile>
 __device__ __forceinline__ BlockAddress<Tile> blocks_units_first(const Tile& tile, int row, int unit, int lane) {
   return {shared_address(tile.data) + Tile::offset(row + (lane & 7) + ((lane >> 4) << 3), unit + ((lane >> 3) & 1))};
 }
+// Eight rows, four units.
+template <class Tile>
+__device__ __forceinline__ BlockAddress<Tile> rows_of_units(const Tile& tile, int row, int lane) {
+  return {shared_address(tile.data) + Tile::offset(row + (lane & 7), lane >> 3)};
+}
 
 // Starts the copy of rows [0, rows) and columns [0, cols) of a row-strided matrix; the rest of the tile becomes
 // zero. 16-byte aligned rows, cols a multiple of 8.
