@@ -57,7 +57,6 @@ struct Config {
   static constexpr int kBands = kChunk / 16;
   static constexpr int kScoreWarps = kAhead ? kHelpers : kWarps;
   static constexpr int kBandCols = kChunk * kBands / kScoreWarps;
-  static constexpr int kBlocksAtOnce = kGradientsAhead ? 2 : 1;  // of a band, by a helper
   static_assert(kBandCols % 16 == 0, "a warp computes whole 16x16 blocks of scores");
 
   using TileA = tile::SharedTile<T, kChunk, kTileA>;
@@ -162,7 +161,7 @@ __device__ __forceinline__ void scores(typename Cfg::TileP& scores_tile, SharedS
   const auto a = tile::blocks_rows_first(smem.a[stage], band * 16, 0, me.lane);
   const auto b = tile::blocks_units_first(smem.b[stage], first_block * 16, 0, me.lane);
 
-  if constexpr (Cfg::kAhead) {  // block by block, without those that are all masked
+  if constexpr (Cfg::kGradientsAhead) {  // without the blocks that are all masked, two at once where there are two
     uint32_t fa[Cfg::kTileA / 16][4];
 #pragma unroll
     for (int d = 0; d < Cfg::kTileA / 16; ++d) ptx::ldmatrix_x4(fa[d], a.at(0, 2 * d));
@@ -183,9 +182,8 @@ __device__ __forceinline__ void scores(typename Cfg::TileP& scores_tile, SharedS
       return kCount;
     };
     for (int block = reverse ? band : 0; block < end;) {
-      constexpr int kAtOnce = Cfg::kBlocksAtOnce;
-      if (kAtOnce > 1 && block % kAtOnce == 0 && block + kAtOnce <= end)  // as mask_scores needs it
-        block += compute(block, std::integral_constant<int, kAtOnce>());
+      if (block % 2 == 0 && block + 2 <= end)  // even, as mask_scores needs it
+        block += compute(block, std::integral_constant<int, 2>());
       else
         block += compute(block, std::integral_constant<int, 1>());
     }
@@ -543,11 +541,12 @@ __device__ __forceinline__ float sum_of_warp(float value) {
 //
 // Chunk by chunk:   copy(i+1) ...................................................
 //                   | scores(i), inter(i) | barrier | intra(i), out(i), update(i) | barrier
-// kAhead, helpers:  | copy(i+2), scores(i+1)                            | barrier
-//         others:   | inter(i), intra(i), out(i), update(i)             | barrier
 // kGradientsAhead:
 //        helpers:   | copy(i+2) of a and b, scores(i+1) | out(i-1), copy(i+2) of c
 //         others:   | inter(i), intra(i), update(i), results into c's tile
+// kAhead, the state pass:
+//        helpers:   | copy(i+2)
+//         others:   | update(i)
 template <class Cfg>
 __global__ void __launch_bounds__(Cfg::kThreads, 1)
     la2_trilinear_sm80_kernel(const __grid_constant__ TrilinearParams p) {
@@ -642,12 +641,11 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
   auto start_copy_of_c = [&](int step) {
     if (step < end_step) copy(smem.c[step % kStages], c, job.c.stride_n, cols, step);
   };
-  // Behind it chunk `step` is there (kLead: the next one as well), and everyone is done with the one before. Helpers
-  // and the others come to it from different places, so each arrives for the other: these at kTaken once they are past
-  // kFilled, those the next time at kFilled once they are past kTaken.
+  // Behind it chunk `step` is there (kGradientsAhead: and its scores, and a and b of the next one), and everyone is done
+  // with the one before. Helpers and the others come to it from different places, so each arrives for the other: these
+  // at kTaken once they are past kFilled, those the next time at kFilled once they are past kTaken.
   // kGradientsAhead: each of the others has a kFilled of its own with the helpers, so that none of them waits for the
   // rest of them unless it is a chunk ahead.
-  constexpr int kLead = Cfg::kAhead && !kStateOnly ? 1 : 0;
   constexpr int kParties = Cfg::kGradientsAhead ? Cfg::kWarps : 1;
   constexpr int kFilledThreads = 32 * (Cfg::kHelpers + Cfg::kWarps / kParties);
   enum NamedBarrier { kFilled = 1, kTaken = kFilled + kParties };
@@ -665,22 +663,14 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
     for (int party = 0; party < kParties; ++party) ptx::named_barrier_arrive(kFilled + party, kFilledThreads);
   };
   auto meet_as_helper = [&] {
-    ptx::cp_async_wait<kStages - 2 - kLead>();
+    ptx::cp_async_wait<Cfg::kGradientsAhead ? 0 : kStages - 2>();
     arrive_as_helper();
     ptx::named_barrier_sync(kTaken, Cfg::kThreads);
   };
-  auto score = [&](int step) {
-    if constexpr (kLead) {
-      if (step < end_step)
-        scores<Cfg>(smem.scores[step % 2], smem, step % kStages, static_cast<float>(job.intra), reverse,
-                    me.warp - Cfg::kWarps, me);
-    }
-  };
-  // What those who copy do then.
-  auto prepare = [&](int step) {
+  // What those who copy do then, but for kGradientsAhead.
+  auto start_next_copy = [&](int step) {
     if (step + kStages - 1 < end_step) start_copy(step + kStages - 1);
     ptx::cp_async_commit();
-    score(step + 1);
   };
   const bool helps = Cfg::kAhead && me.warp >= Cfg::kWarps;
   // What decay leaves nothing of need not be gathered. Few chunks are not worth waiting for the slope.
@@ -695,19 +685,25 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
     if (piece + 1 < p.num_pieces) first_step = max(first_step, end_step - piece_chunks);
   }
   if (!Cfg::kAhead || helps) {
-    for (int step = first_step; step < first_step + kStages - 1 - kLead; ++step) {
-      if constexpr (Cfg::kGradientsAhead) {
-        start_copy_of_ab(step);
-        start_copy_of_c(step);
-      } else {
-        if (step < end_step) start_copy(step);
-      }
+    if constexpr (Cfg::kGradientsAhead) {
+      start_copy_of_ab(first_step);
+      start_copy_of_c(first_step);
       ptx::cp_async_commit();
+    } else {
+      for (int step = first_step; step < first_step + kStages - 1; ++step) {
+        if (step < end_step) start_copy(step);
+        ptx::cp_async_commit();
+      }
     }
   }
   smem.decay.fill(simt::slope_of<float>(p, unit.sequence, head), threadIdx.x, Cfg::kThreads);
   if (helps) {
     if constexpr (Cfg::kGradientsAhead) {
+      auto score = [&](int step) {
+        if (step < end_step)
+          scores<Cfg>(smem.scores[step % 2], smem, step % kStages, static_cast<float>(job.intra), reverse,
+                      me.warp - Cfg::kWarps, me);
+      };
       auto store = [&](int step) {  // the others have waited for the kernel before this one
         const int chunk = chunk_at(step);
         const int64_t row = static_cast<int64_t>(chunk) * Cfg::kChunk;
@@ -730,14 +726,14 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
       }
       store(end_step - 1);
     } else {
-      for (int step = first_step - kLead; step < end_step; ++step) {
+      for (int step = first_step; step < end_step; ++step) {
         meet_as_helper();
-        prepare(step);
+        start_next_copy(step);
       }
     }
     return;
   }
-  if (kLead) meet();
+  if (Cfg::kGradientsAhead) meet();
   // The combine pass, whose states this one starts from; and whoever waits for this kernel waits for that one too.
   ptx::wait_for_previous_kernel();
 
@@ -761,12 +757,12 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
 
   const bool to_local = kStateOnly && !p.states_alone;
   const MutableState& leaving = to_local ? job.local : job.final;
+  // Converted once, where there are registers to keep them.
   const float inter_factor = static_cast<float>(job.inter), update_factor = static_cast<float>(job.update);
-  constexpr bool kKeeps = Cfg::kGradientsAhead;  // them; other instances have no registers for it
   const bool wants_state = leaving.data != nullptr && (to_local || is_last);
   for (int step = first_step; step < end_step; ++step) {
     meet();
-    if (!Cfg::kAhead) prepare(step);
+    if (!Cfg::kAhead) start_next_copy(step);
     const int chunk = chunk_at(step), rows = rows_of(chunk), stage = step % kStages;
     const int64_t row = static_cast<int64_t>(chunk) * Cfg::kChunk;
 
@@ -774,10 +770,11 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
     PackedOut<Cfg> packed;
     if constexpr (!kStateOnly) {
       OutFragment<Cfg> o = {};
-      if (!kLead) scores<Cfg>(smem.scores[0], smem, stage, static_cast<float>(job.intra), reverse, me.warp, me);
+      if (!Cfg::kGradientsAhead)
+        scores<Cfg>(smem.scores[0], smem, stage, static_cast<float>(job.intra), reverse, me.warp, me);
       if (Cfg::kGradientsAhead || has_state)
-        inter<Cfg>(o, z, smem, stage, kKeeps ? inter_factor : static_cast<float>(job.inter), reverse, rows, me);
-      if (!kLead) __syncthreads();  // the scores are complete
+        inter<Cfg>(o, z, smem, stage, Cfg::kGradientsAhead ? inter_factor : static_cast<float>(job.inter), reverse, rows, me);
+      if (!Cfg::kGradientsAhead) __syncthreads();  // the scores are complete
       if (Cfg::kSlopeGrad && smem.slope_grad[0].chunk_dots != nullptr) {
         const T* x_chunk = smem.slope_grad[0].x + row * job.x.stride_n;
 #pragma unroll
@@ -809,7 +806,7 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
         store_out<Cfg>(out + row * job.out.stride_n, job.out.stride_n, o, rows, cols, me);
     }
     if (step + 1 < num_chunks || wants_state) {
-      update_state<Cfg>(z, smem, stage, kKeeps ? update_factor : static_cast<float>(job.update), reverse, rows, me);
+      update_state<Cfg>(z, smem, stage, Cfg::kGradientsAhead ? update_factor : static_cast<float>(job.update), reverse, rows, me);
       has_state = true;
     }
     if constexpr (Cfg::kGradientsAhead) stage_out<Cfg>(smem.c[stage], packed, me);
