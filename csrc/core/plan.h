@@ -74,9 +74,10 @@ struct Plan {
   double predicted_us = 0;
 };
 
-// Local states behind those of a launch's units, in the families' own orders, where a unit starts from the state that
-// its neighbour leaves: of packed sequences one, as offsets that descend, which nobody has checked, make more segments
-// than there are units, and then the last unit has a neighbour too.
+// States behind those of the units in each workspace of states in the family's own order: of packed sequences one.
+// There a unit starts from the state that its neighbour leaves, in a reverse sweep the one behind it; and offsets that
+// descend, which nobody has checked, make more segments than there are units, so that the last unit has a neighbour
+// too.
 inline int64_t spare_states(bool packed, const Plan& plan) { return packed && plan.state_floats[0] != 0 ? 1 : 0; }
 
 // Fails with a sentence where no kernel serves the problem. `forced` is the value of LA2_PLAN: a comma-separated list

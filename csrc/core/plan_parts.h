@@ -69,7 +69,8 @@ inline int64_t busy_units(const Problem& p, const Plan& plan) {
 inline int64_t workspace_floats(const Problem& p, const Plan& plan) {
   const int64_t state =
       plan.state_floats[0] != 0 ? std::max(plan.state_floats[0], plan.state_floats[1]) : p.dim_k * p.dim_v;
-  const int64_t spare = plan.local_states > 0 ? spare_states(p.packed, plan) * (p.backward ? 2 : 1) : 0;
+  const int64_t workspaces = plan.local_states / std::max<int64_t>(1, plan.num_units * plan.num_pieces);
+  const int64_t spare = spare_states(p.packed, plan) * workspaces;
   return (plan.local_states + spare) * p.heads * state + plan.dot_floats;
 }
 

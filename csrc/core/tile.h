@@ -12,8 +12,8 @@ struct Tile {
   int chunk = 0;   // tokens to a chunk
 };
 
-// Whether an sm80 block has warps that compute scores a chunk ahead. Then blocks come unit by unit, a sequence's last
-// segment at the end; else job by job.
+// Whether an sm80 block has four warps more than those that hold the state (sm80/trilinear.cuh, sm80/two_roles.cuh).
+// Then blocks come unit by unit, a sequence's last segment at the end; else job by job.
 constexpr bool sm80_is_ahead(const Tile& t, bool slope_grad) {
   return t.tile_a == 128 && t.slice == 128 && !slope_grad;
 }
@@ -22,8 +22,8 @@ constexpr bool sm80_is_ahead(const Tile& t, bool slope_grad) {
 constexpr bool sm80_has_one_pass(const Tile& t) { return sm80_is_ahead(t, false); }
 
 // Bytes of shared memory of an sm80 block: two stages of a, b [chunk, tile_a] and c [chunk, slice], the scores
-// [chunk, chunk], the powers of lambda; ahead, a third stage and a second tile of scores; for the slope gradient a
-// second tile of scores and a few sums.
+// [chunk, chunk], the powers of lambda; ahead, a third stage and a second tile of scores (out has two roles and needs
+// less); for the slope gradient a second tile of scores and a few sums.
 constexpr int64_t sm80_shared_bytes(const Tile& t, bool slope_grad) {
   const int64_t chunk = t.chunk, more = sm80_is_ahead(t, slope_grad) ? 1 : 0;
   const int64_t tiles = 2 * ((2 + more) * chunk * (2 * t.tile_a + t.slice) + (1 + more) * chunk * chunk);

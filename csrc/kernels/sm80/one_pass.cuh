@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
     };
 #pragma unroll 1
     for (int step = 0; step < kGatherStages - 1; ++step) start_copy(step);
-    ptx::named_barrier_sync(kFilled, kThreads);
+    ptx::named_barrier_sync(kDecayFilled, kThreads);
 #pragma unroll 1
     for (int is_dry = ptx::opaque(1); is_dry >= 0; --is_dry) {
       make_outputs<Cfg>(smem, job, simt::first_row<T>(job.out, unit, head, first_col), is_dry ? 1 : num_chunks,
@@ -172,7 +172,7 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
     storage.gathers_all = gathered == num_chunks;
   }
   smem.decay.fill(slope, threadIdx.x, kThreads / 2);
-  ptx::named_barrier_arrive(kFilled, kThreads);
+  ptx::named_barrier_arrive(kDecayFilled, kThreads);
   ptx::named_barrier_sync(kKeepers, kThreads / 2);
 
   ChunkCopies<Cfg> copies(job, unit, head, first_col, cols, smem);

@@ -639,13 +639,13 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
     }
   };
   auto start_copy_of_c = [&](int step) {
-    if (step < end_step) copy(smem.c[step % kStages], c, job.c.stride_n, cols, step);
+    if constexpr (Cfg::kGradientsAhead)
+      if (step < end_step) copy(smem.c[step % kStages], c, job.c.stride_n, cols, step);
   };
-  // Behind it chunk `step` is there (kGradientsAhead: and its scores, and a and b of the next one), and everyone is done
-  // with the one before. Helpers and the others come to it from different places, so each arrives for the other: these
-  // at kTaken once they are past kFilled, those the next time at kFilled once they are past kTaken.
-  // kGradientsAhead: each of the others has a kFilled of its own with the helpers, so that none of them waits for the
-  // rest of them unless it is a chunk ahead.
+  // Behind it chunk `step` is there (kGradientsAhead: and its scores), and everyone is done with the one before.
+  // Helpers and the others come to it from different places, so each arrives for the other: these at kTaken once they
+  // are past kFilled, those the next time at kFilled once they are past kTaken. kGradientsAhead: each of the others has
+  // a kFilled of its own with the helpers, so that none of them waits for the rest of them unless it is a chunk ahead.
   constexpr int kParties = Cfg::kGradientsAhead ? Cfg::kWarps : 1;
   constexpr int kFilledThreads = 32 * (Cfg::kHelpers + Cfg::kWarps / kParties);
   enum NamedBarrier { kFilled = 1, kTaken = kFilled + kParties };
@@ -773,7 +773,8 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
       if (!Cfg::kGradientsAhead)
         scores<Cfg>(smem.scores[0], smem, stage, static_cast<float>(job.intra), reverse, me.warp, me);
       if (Cfg::kGradientsAhead || has_state)
-        inter<Cfg>(o, z, smem, stage, Cfg::kGradientsAhead ? inter_factor : static_cast<float>(job.inter), reverse, rows, me);
+        inter<Cfg>(o, z, smem, stage, Cfg::kGradientsAhead ? inter_factor : static_cast<float>(job.inter), reverse,
+                   rows, me);
       if (!Cfg::kGradientsAhead) __syncthreads();  // the scores are complete
       if (Cfg::kSlopeGrad && smem.slope_grad[0].chunk_dots != nullptr) {
         const T* x_chunk = smem.slope_grad[0].x + row * job.x.stride_n;
@@ -806,7 +807,8 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
         store_out<Cfg>(out + row * job.out.stride_n, job.out.stride_n, o, rows, cols, me);
     }
     if (step + 1 < num_chunks || wants_state) {
-      update_state<Cfg>(z, smem, stage, Cfg::kGradientsAhead ? update_factor : static_cast<float>(job.update), reverse, rows, me);
+      update_state<Cfg>(z, smem, stage, Cfg::kGradientsAhead ? update_factor : static_cast<float>(job.update), reverse,
+                        rows, me);
       has_state = true;
     }
     if constexpr (Cfg::kGradientsAhead) stage_out<Cfg>(smem.c[stage], packed, me);

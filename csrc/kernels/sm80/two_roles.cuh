@@ -2,6 +2,8 @@
 // makers make the outputs. The notebook is ../DESIGN.md.
 #pragma once
 
+#include <stddef.h>
+
 #include "trilinear.cuh"
 
 namespace la2::sm80 {
@@ -10,7 +12,7 @@ namespace la2::sm80 {
 template <class Cfg>
 struct HandedState {
   uint4 z[Cfg::kWarps][Cfg::kTileA / 16][Cfg::kBlockCols][32];
-  float range[Cfg::kWarps];  // what a maker multiplies a Z by (operand_range)
+  float range[Cfg::kWarps];  // fp16: what a maker multiplies a Z by (operand_range)
 };
 
 template <class Cfg>
@@ -25,9 +27,9 @@ struct SharedStorage<Cfg, StorageOf::kTwoRoles> {
 };
 
 // Each role arrives for the other: at kHanded the keepers, once the state as it enters chunk i is in shared memory, and
-// the chunk; at kTaken the makers, once they are done with that state; at kFreed the makers, once they are done with
-// chunk i - 1. kFilled: decay is there. kGathered, kUsed: one_pass.cuh.
-enum NamedBarrier { kFilled = 1, kFreed, kHanded, kTaken, kMakers, kKeepers, kGathered, kUsed };
+// the chunk; at kStateTaken the makers, once they are done with that state; at kFreed the makers, once they are done
+// with chunk i - 1. kDecayFilled: decay is there. kGathered, kUsed: one_pass.cuh.
+enum TwoRolesBarrier { kDecayFilled = 1, kFreed, kHanded, kStateTaken, kMakers, kKeepers, kGathered, kUsed };
 
 // ---- steps of the makers
 
@@ -167,7 +169,8 @@ __device__ __forceinline__ void intra_of_values(OutFragment<Cfg>& out, const typ
 
 // This warp's columns of out, rounded, to shared memory.
 template <class Cfg>
-__device__ __forceinline__ void stage_out(typename Cfg::TileOut& tile, const OutFragment<Cfg>& out, const Lane& me) {
+__device__ __forceinline__ void stage_columns(typename Cfg::TileOut& tile, const OutFragment<Cfg>& out,
+                                              const Lane& me) {
   using T = typename Cfg::T;
   using Tile = typename Cfg::TileOut;
 #pragma unroll
@@ -184,8 +187,8 @@ __device__ __forceinline__ void stage_out(typename Cfg::TileOut& tile, const Out
 
 // From there to memory, rows [0, rows), 16 bytes a lane.
 template <class Cfg>
-__device__ __forceinline__ void store_staged(typename Cfg::T* out, int64_t stride, const typename Cfg::TileOut& tile,
-                                             int rows, int cols, const Lane& me) {
+__device__ __forceinline__ void store_columns(typename Cfg::T* out, int64_t stride, const typename Cfg::TileOut& tile,
+                                              int rows, int cols, const Lane& me) {
   using Tile = typename Cfg::TileOut;
   constexpr int kRowStep = 32 / Tile::kUnits, kVecs = Cfg::kChunk / kRowStep;
   const int row = me.lane / Tile::kUnits, unit = me.lane % Tile::kUnits;
@@ -220,7 +223,7 @@ __device__ __forceinline__ void make_outputs(SharedStorage<Cfg>& smem, const Tri
     inter_and_scores<Cfg>(out, scores, smem.handed, is_dry ? any : smem.a[stage], is_dry ? any : smem.b[stage], me);
     float range = 1.f;
     if constexpr (std::is_same_v<typename Cfg::T, __half>) range = smem.handed.range[me.warp];
-    ptx::named_barrier_arrive(kTaken, kThreads);
+    ptx::named_barrier_arrive(kStateTaken, kThreads);
 
     store_scores<Cfg>(smem.scores, scores, weights.mask, me);
     ChunkValues<Cfg> c;
@@ -236,10 +239,10 @@ __device__ __forceinline__ void make_outputs(SharedStorage<Cfg>& smem, const Tri
     ptx::named_barrier_arrive(kFreed, kThreads);
 
     __syncwarp();
-    stage_out<Cfg>(smem.out[me.warp], out, me);
+    stage_columns<Cfg>(smem.out[me.warp], out, me);
     __syncwarp();
     const int rows = chunk + 1 < num_chunks ? Cfg::kChunk : last_rows;
-    store_staged<Cfg>(to, job.out.stride_n, smem.out[me.warp], rows, cols, me);
+    store_columns<Cfg>(to, job.out.stride_n, smem.out[me.warp], rows, cols, me);
     to += Cfg::kChunk * job.out.stride_n;
   }
 }
@@ -250,7 +253,8 @@ template <class Cfg>
 __device__ __forceinline__ void hand_over(HandedState<Cfg>& handed, const StateFragment<Cfg>& z, const Lane& me) {
   using T = typename Cfg::T;
   const float2 range = operand_range<Cfg>(z);
-  if (me.lane == 0) handed.range[me.warp] = range.y;
+  if constexpr (std::is_same_v<T, __half>)
+    if (me.lane == 0) handed.range[me.warp] = range.y;
 #pragma unroll
   for (int d = 0; d < Cfg::kTileA / 16; ++d)
 #pragma unroll
@@ -275,6 +279,8 @@ class ChunkCopies {
   __device__ __forceinline__ ChunkCopies(const TrilinearJob& job, const simt::Unit& unit, int head, int first_col,
                                          int cols, SharedStorage<Cfg>& smem)
       : job_(job), row_(threadIdx.x / Tile::kUnits) {
+    using Storage = SharedStorage<Cfg>;
+    static_assert(offsetof(Storage, b) == kOperand && offsetof(Storage, c) == 2 * kOperand, "behind each other");
     const int col = threadIdx.x % Tile::kUnits * 8;
     in_a_ = col < job.dim_a, in_c_ = col < cols;
     a_ = simt::first_row<const T>(job.a, unit, head) + row_ * job.a.stride_n + (in_a_ ? col : 0);
@@ -338,6 +344,8 @@ __device__ __forceinline__ void keep_state(StateFragment<Cfg>& z, SharedStorage<
                                            double update, int num_chunks, int last_rows, bool wants_state, Walk walk,
                                            const Lane& me) {
   constexpr int kThreads = Cfg::kThreads;
+  static_assert(Cfg::kStages == 2 && Cfg::kHelpers == Cfg::kWarps, "the other stage; the half of the threads");
+  static_assert(sizeof(HandedState<Cfg>) >= sizeof(typename Cfg::TileA), "any tile, where none is there");
   const float factor = static_cast<float>(update);
   const bool gathers = walk == Walk::kGathering;
 #pragma unroll 1
@@ -367,7 +375,7 @@ __device__ __forceinline__ void keep_state(StateFragment<Cfg>& z, SharedStorage<
       scale_state<Cfg>(z, smem.decay.ascending()[rows]);
       add_chunk<Cfg>(z, b, c, smem.decay, factor, false, rows, me);
     }
-    if (!gathers) ptx::named_barrier_sync(kTaken, kThreads);
+    if (!gathers) ptx::named_barrier_sync(kStateTaken, kThreads);
   }
   if (!gathers) ptx::named_barrier_sync(kFreed, kThreads);
 }
@@ -402,7 +410,7 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
   const int last_rows = static_cast<int>(unit.length - static_cast<int64_t>(num_chunks - 1) * Cfg::kChunk);
 
   if (me.warp >= Cfg::kWarps) {
-    ptx::named_barrier_sync(kFilled, kThreads);
+    ptx::named_barrier_sync(kDecayFilled, kThreads);
     make_outputs<Cfg>(smem, job, simt::first_row<T>(job.out, unit, head, first_col), num_chunks, last_rows, cols, false,
                       Lane(threadIdx.x - kThreads / 2));
     return;
@@ -411,7 +419,7 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
   ChunkCopies<Cfg> copies(job, unit, head, first_col, cols, smem);
   copies.first(num_chunks, last_rows);
   smem.decay.fill(simt::slope_of<float>(p, unit.sequence, head), threadIdx.x, kThreads / 2);
-  ptx::named_barrier_arrive(kFilled, kThreads);
+  ptx::named_barrier_arrive(kDecayFilled, kThreads);
   // The combine pass, whose states this one starts from; and whoever waits for this kernel waits for that one too.
   ptx::wait_for_previous_kernel();
 
