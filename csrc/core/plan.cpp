@@ -53,6 +53,9 @@ constexpr TileCost kSimtDoubleTiles[] = {
 };
 constexpr double kLaunchUs = 4.5;     // one kernel on the stream
 constexpr double kNextBlockUs = 2.0;  // a block that starts where another one has ended
+// What a forward of two roles (sm80/two_roles.cuh) takes beyond its chunks: 64 and 128 tokens of up to 32 heads
+// took 7.2 to 7.9 and 9.7 us, 64 tokens of 256 heads 14.3.
+constexpr double kTwoRolesUs = 1.0;
 // The state pass and the combine pass, before their work: where kernels overlap (compute capability 9.0 and later), and
 // where they do not, which was not measured.
 constexpr double kCutOverlappedUs = 6.0, kCutUs = 12.0, kCombineGBs = 1500;
@@ -356,6 +359,7 @@ Candidate evaluate(const Problem& p, const DeviceProps& device, Family family, c
       if (j < 2) gathered += (units - last_ones) * width;  // dv shares dk's
     }
     us += kLaunchUs + beside_out * walking_us(*tiles[i], tiles[i]->main, whole, rest, device, p.slope_grad, family);
+    if (family == Family::kSm80 && !p.backward && sm80_is_ahead(tiles[i]->tile, false)) us += kTwoRolesUs;
     if (cut && i == 0)
       us += gathering_us(p, *tiles[i], {gathered, walked}, plan, device, family) * (is_split ? kSplitStateCost : 1.0);
   }
