@@ -91,6 +91,34 @@ def test_bench_ops_without_a_gpu_says_so(capsys, monkeypatch):
     assert "needs a CUDA device" in capsys.readouterr().out
 
 
+def test_bench_ops_leaves_what_it_has(tmp_path, monkeypatch, capsys):
+    """A run that is cut off has written and shown each case that it was done with."""
+    target, kinds, facts = tmp_path / "ops.json", [], report.environment()
+
+    def run_packed(peer, kind, *_):
+        if kind not in kinds and len(kinds) == 2:
+            raise KeyboardInterrupt
+        kinds.extend({kind} - set(kinds))
+        row = {"op": peer.name, "ms": 1.0, "floor_ms": 0.5, "of_floor": 0.5, "passed": True, "errors": {"out": 1e-3}}
+        return [row | {"what": what, "bounds": {"out": 1e-2}} for what in ("forward", "backward")]
+
+    for name in ("set_device", "current_device", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(report, "environment", lambda: facts)
+    monkeypatch.setattr(ops, "CudaClock", lambda device: None)
+    monkeypatch.setattr(ops.floor, "copy_bandwidth", lambda clock: 4e12)
+    monkeypatch.setattr(ops, "run_packed", run_packed)
+    with pytest.raises(KeyboardInterrupt):
+        ops.main(["--quick", "--packed", "--only", "la2 BHND", "--json", str(target)])
+    found = json.loads(target.read_text())["results"]
+    assert [(r["shape"].rsplit(" ", 1)[1], r["what"]) for r in found] == [
+        (kind, what) for kind in kinds for what in ("forward", "backward")
+    ]
+    shown = capsys.readouterr().out
+    assert all(r["shape"] in shown for r in found) and "wrote" not in shown
+
+
 @pytest.mark.gpu
 def test_bench_ops_quick(tmp_path):
     target = tmp_path / "ops.json"

@@ -261,6 +261,12 @@ def main(argv: list[str] | None = None) -> int:
     present, facts["peers"] = entries.choose(device, dtype, arguments.only, peers.PEERS)
     shapes = arguments.shapes or (() if arguments.packed else QUICK_SHAPES if arguments.quick else SHAPES)
     results: list[dict] = []
+
+    def keep(rows: list[dict]) -> None:  # a run that is cut off leaves what it has
+        results.extend(rows)
+        if arguments.json:
+            report.write_json(arguments.json, "ops", facts, results, says_so=False)
+
     for shape in shapes:
         b, h, n, d, e = (*shape, *((128, 128) if len(shape) == 3 else (shape[-1],) if len(shape) == 4 else ()))
         label = f"{b},{h},{n},{d}" + (f",{e}" if e != d else "")
@@ -277,13 +283,10 @@ def main(argv: list[str] | None = None) -> int:
             except Exception as error:  # one operator that cannot do a shape must not end the run
                 failed = entries.failure(peer, error, device)
                 found = [failed | {"what": what} for what in ("forward", "backward")]
-            for r in found:
-                results.append({"shape": label, "plan": plan, **r})
+            keep([{"shape": label, "plan": plan, **r} for r in found])
         del inputs
         torch.cuda.empty_cache()
         print(tables([r for r in results if r["shape"] == label]), flush=True)
-        if arguments.json:  # a run that is cut off leaves what it has
-            report.write_json(arguments.json, "ops", facts, results)
     if arguments.packed or not arguments.shapes:
         packed = ((8, 5, 2048),) if arguments.quick else PACKED
         for (h, num_seqs, tokens), kind in itertools.product(packed, KINDS):
@@ -297,7 +300,8 @@ def main(argv: list[str] | None = None) -> int:
                 except Exception as error:
                     failed = entries.failure(peer, error, device)
                     found = [failed | {"what": what} for what in ("forward", "backward")]
-                results += [{"shape": label, **row} for row in found]
+                keep([{"shape": label, **row} for row in found])
+            print("\n" + tables([r for r in results if r["shape"] == label]), flush=True)
     print("\n" + tables(results))
     if arguments.json:
         report.write_json(arguments.json, "ops", facts, results)

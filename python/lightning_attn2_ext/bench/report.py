@@ -88,9 +88,10 @@ def describe(facts: dict) -> str:
     return f"{where}, torch {facts['torch']}, Python {facts['python']}\n{machine}"
 
 
-def write_json(path: str, benchmark: str, facts: dict, results: list[dict]) -> None:
+def write_json(path: str, benchmark: str, facts: dict, results: list[dict], *, says_so: bool = True) -> None:
     target = pathlib.Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"benchmark": benchmark, "environment": facts, "results": results}, indent=1)
     target.write_text(text + "\n")
-    print(f"wrote {target}")
+    if says_so:
+        print(f"wrote {target}")
