@@ -296,6 +296,23 @@ def test_long_segments_are_gathered_in_pieces(core):
     assert pieces("4096,128,128,bf16", "passes=1,pieces=2") == 1
 
 
+@pytest.mark.parametrize("text", ("1,8,32768,128,128,bf16", "1,8,32768,128,128,bf16,backward"))
+def test_workspace_of_packed_calls(core, text):
+    """One state more than there are units in each workspace of Hopper's states: the neighbour of the last unit."""
+    device = core.device("sm_90x132")
+
+    def states(count, forced):
+        problem = core.problem(text + count)
+        plan = core.plan(problem, device, f"{forced},segments=8")
+        line = core.describe(problem, device, plan)
+        mebibytes = float(line.split("workspace ")[1].split(" MiB")[0])
+        return mebibytes * 2**20 / (problem.heads * 128 * 128 * 4) - plan.local_states
+
+    workspaces = 2 if "backward" in text else 1
+    assert states(",packed=20", "family=sm90") == workspaces
+    assert states("", "family=sm90") == states(",packed=20", "family=sm80") == 0
+
+
 def test_portable_backwards_are_gathered_in_pieces(core):
     """The state pass of few heads leaves multiprocessors idle; that of many, of forwards and of packed sequences stays
     as it is, unless pieces are forced."""

@@ -92,9 +92,7 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
   const TrilinearJob& job = p.jobs[0];
   const auto grid = cooperative_groups::this_grid();
 
-  const int group = job.by_slices.small_quotient(blockIdx.x);
-  const int slice = static_cast<int>(blockIdx.x) - group * static_cast<int>(job.by_slices.divisor);
-  const int unit_idx = p.by_heads.small_quotient(group), head = group - unit_idx * static_cast<int>(p.sizes.heads);
+  const auto [slice, head, unit_idx] = place_of_block(p);
   const int first_col = slice * Cfg::kSlice;
   const int cols = min(job.dim_c - first_col, Cfg::kSlice);
   const simt::Unit unit = simt::find_unit<false, false>(p, unit_idx);

@@ -4,7 +4,15 @@
 
 #include <stddef.h>
 
-#include "trilinear.cuh"
+#include <type_traits>
+
+#include "../ptx/cp_async.cuh"
+#include "../ptx/launch_order.cuh"
+#include "../ptx/warpgroup.cuh"
+#include "../simt/element.cuh"
+#include "../simt/units.cuh"
+#include "../trilinear.h"
+#include "steps.cuh"
 
 namespace la2::sm80 {
 
@@ -382,6 +390,17 @@ __device__ __forceinline__ void keep_state(StateFragment<Cfg>& z, SharedStorage<
 
 // ---- mainloop
 
+// Which slice, head and unit this block has. Grid: x = slices x heads x units.
+struct BlockPlace {
+  int slice, head, unit_idx;
+};
+__device__ __forceinline__ BlockPlace place_of_block(const TrilinearParams& p) {
+  const Division& by_slices = p.jobs[0].by_slices;
+  const int group = by_slices.small_quotient(blockIdx.x), unit_idx = p.by_heads.small_quotient(group);
+  return {static_cast<int>(blockIdx.x) - group * static_cast<int>(by_slices.divisor),
+          group - unit_idx * static_cast<int>(p.sizes.heads), unit_idx};
+}
+
 // As la2_trilinear_sm80_kernel, of one job that is not reverse. Of chunk i:
 //
 //   keepers:  | Z to shared memory | copy(i+1), update              |
@@ -395,9 +414,7 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
   SharedStorage<Cfg>& smem = *reinterpret_cast<SharedStorage<Cfg>*>(raw);
   const Lane me;
   const TrilinearJob& job = p.jobs[0];
-  const int group = job.by_slices.small_quotient(blockIdx.x);
-  const int slice = static_cast<int>(blockIdx.x) - group * static_cast<int>(job.by_slices.divisor);
-  const int unit_idx = p.by_heads.small_quotient(group), head = group - unit_idx * static_cast<int>(p.sizes.heads);
+  const auto [slice, head, unit_idx] = place_of_block(p);
   const int first_col = slice * Cfg::kSlice;
   const int cols = min(job.dim_c - first_col, Cfg::kSlice);
   ptx::launch_dependents();
