@@ -231,7 +231,6 @@ __device__ __forceinline__ void make_outputs(SharedStorage<Cfg>& smem, const Tri
     inter_and_scores<Cfg>(out, scores, smem.handed, is_dry ? any : smem.a[stage], is_dry ? any : smem.b[stage], me);
     float range = 1.f;
     if constexpr (std::is_same_v<typename Cfg::T, __half>) range = smem.handed.range[me.warp];
-    ptx::named_barrier_arrive(kStateTaken, kThreads);
 
     store_scores<Cfg>(smem.scores, scores, weights.mask, me);
     ChunkValues<Cfg> c;
@@ -243,6 +242,7 @@ __device__ __forceinline__ void make_outputs(SharedStorage<Cfg>& smem, const Tri
 #pragma unroll
         for (int i = 0; i < 4; ++i) out[m][t][i] *= weights.rows[m][i / 2] * range;
     ptx::named_barrier_sync(kMakers, kThreads / 2);
+    ptx::named_barrier_arrive(kStateTaken, kThreads);
     intra_of_values<Cfg>(out, smem.scores, c, me);
     ptx::named_barrier_arrive(kFreed, kThreads);
 
