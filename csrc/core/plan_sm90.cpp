@@ -22,6 +22,9 @@ constexpr Sm90Cost kTrilinear[] = {
     {64, 64, 0.62, 1.12, 0.43, 0.46},   {64, 128, 1.13, 1.30, 0.54, 0.70}, {128, 64, 0.86, 1.30, 0.51, 0.60},
     {128, 128, 1.38, 1.60, 0.64, 0.97}, {192, 64, 1.20, 1.75, 0.60, 1.09}, {256, 64, 1.50, 2.60, 0.69, 1.58},
 };
+// A gradient in slices of 128 is dq; what dk and dv take longer there, and dq less in tiles 192 and 256, for the second
+// half of the weighted c (core/tile.h, sm90_has_dq).
+constexpr double kValues128 = 1.18, kDqOfWideTiles = 0.9;
 // With SiLU, which takes longer than all else: by 1,024 elements of a, b and c of a chunk, in slices of 64 and of 128,
 // and of b and c in the state pass. From D = E = 128: (1,64,16384) 536 us in slices of 64, 436 in two segments and
 // slices of 128, (4,32,4096) 185; other tiles were not timed.
@@ -60,6 +63,12 @@ const Sm90Cost* find(int tile_a, int slice) {
   return nullptr;
 }
 
+// Of dk or dv where each is computed alone, and of dq beside them.
+double gradient_us(const Sm90Cost& cost, bool is_dq) {
+  if (!is_dq) return cost.gradient * (cost.slice == 128 ? kValues128 : 1.0);
+  return cost.gradient * (cost.tile_a > 128 ? kDqOfWideTiles : 1.0);
+}
+
 double out_us(const Problem& p, const Sm90Cost& cost) {
   const double elements = kChunk * (2 * cost.tile_a + cost.slice) / 1024.0;
   return p.silu ? std::max(cost.out, (cost.slice == 64 ? kSiluUs64 : kSiluUs128) * elements) : cost.out;
@@ -77,6 +86,13 @@ int cluster_for(const Problem& p, int64_t slices, const Forced& forced) {
   if (forced.cluster != 0) return static_cast<int>(forced.cluster);
   const bool is_alone = !p.backward && p.dim_k <= 128 && p.dim_v <= 128;
   return slices % 2 == 0 && !is_alone ? 2 : 1;
+}
+
+// Where dq, dk and dv go alone: 128 columns, if that is wanted, a state of 128 rows and more fits, and no half of a slice
+// would be left over. ((4,32,4096), E = 192, D = 128: dv in three slices of 64 or two of 128, the whole backward 764 and
+// 816 us; E = 256: 969 and 934.)
+int slice_of_gradients(int wanted, int64_t dim_a, int64_t dim_c) {
+  return wanted == 128 && tile_for(dim_a) <= 128 && ceil_div(dim_c, 64) % 2 == 0 ? 128 : 64;
 }
 
 // Blocks that are resident at once. An SM holds one; of clusters of 4, 30 fit into the 132 SMs of an H100 or H200.
@@ -269,7 +285,7 @@ Status plan_sm90(const Problem& p, const DeviceProps& device, const Forced& forc
       const bool cut = cut_into_segments(p, segment_len, &candidate);
       const std::vector<Walk> walks = walks_of(p, candidate);
       double us = kFirstUs;
-      auto add = [&](int launch, int64_t dim_a, int64_t dim_c, int wanted_slice, int jobs) -> bool {
+      auto add = [&](int launch, int64_t dim_a, int64_t dim_c, int wanted_slice, bool has_dq, bool has_dk) -> bool {
         const Sm90Cost* cost = find(tile_for(dim_a), wanted_slice);
         if (cost == nullptr) return false;
         const int64_t slices = ceil_div(dim_c, wanted_slice);
@@ -278,23 +294,27 @@ Status plan_sm90(const Problem& p, const DeviceProps& device, const Forced& forc
         candidate.clusters[launch] = cluster;
         candidate.max_blocks[launch] = most_blocks(p, device, cluster, forced);
         candidate.num_launches = launch + 1;
+        const int jobs = has_dq && has_dk ? 2 : 1;
         const double bytes = rows * jobs * 2 * static_cast<double>(dim_a + dim_c);
+        const double chunk_us = !p.backward ? out_us(p, *cost)
+                                : jobs == 2 ? (gradient_us(*cost, true) + gradient_us(*cost, false)) / 2
+                                            : gradient_us(*cost, has_dq);
         us += mean_us(walks, [&](const Walk& walk) {
-          return launch_us(device, walk, ceil_div(slices, cluster) * cluster * jobs, cluster, 1,
-                           p.backward ? cost->gradient : out_us(p, *cost), bytes, packed_item_us(p, wanted_slice));
+          return launch_us(device, walk, ceil_div(slices, cluster) * cluster * jobs, cluster, 1, chunk_us, bytes,
+                           packed_item_us(p, wanted_slice));
         });
         return true;
       };
       if (!p.backward) {
         if (slice == 128 && p.dim_v <= 64) continue;
-        if (!add(0, p.dim_k, p.dim_v, slice, 1)) continue;
+        if (!add(0, p.dim_k, p.dim_v, slice, false, false)) continue;
       } else if (is_fused) {
         if (slice == 128 && p.dim_k <= 64) continue;
         candidate.is_fused = true;
         candidate.tiles[0] = {tile_for(p.dim_v), tile_for(p.dim_k), kChunk};  // of dk
         candidate.max_blocks[0] = most_blocks(p, device, 1, forced);
         const double before = us;
-        if (!add(1, p.dim_v, p.dim_k, slice, 1)) continue;
+        if (!add(1, p.dim_v, p.dim_k, slice, true, false)) continue;
         const double of_dq = us - before, of_pair = mean_us(walks, [&](const Walk& walk) {
                                             return launch_us(device, walk, 1, 1, 1, pair_us,
                                                              rows * 3 * static_cast<double>(p.dim_k + p.dim_v));
@@ -303,8 +323,10 @@ Status plan_sm90(const Problem& p, const DeviceProps& device, const Forced& forc
         us = before + (4 * blocks <= 3 * device.num_sms ? kDqUs + std::max(of_dq, of_pair * kBeside)
                                                         : kDqBehindUs + of_dq + of_pair);
       } else {
-        // Slices of 128 do not split what dk and dv need split.
-        if (slice == 128 || !add(0, p.dim_v, p.dim_k, slice, 2) || !add(1, p.dim_k, p.dim_v, slice, 1)) continue;
+        const int slice_k = slice_of_gradients(slice, p.dim_v, p.dim_k);
+        const int slice_v = slice_of_gradients(slice, p.dim_k, p.dim_v);
+        if (slice == 128 && slice_k == 64 && slice_v == 64) continue;
+        if (!add(0, p.dim_v, p.dim_k, slice_k, true, true) || !add(1, p.dim_k, p.dim_v, slice_v, false, true)) continue;
         us += kDqUs;
       }
       if (p.is_extend) set_lanes(p, device, forced, &candidate);

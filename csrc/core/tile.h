@@ -32,6 +32,10 @@ constexpr int64_t sm80_shared_bytes(const Tile& t, bool slope_grad) {
   return (tiles + decay + 127) / 128 * 128 + slope;
 }
 
+// Whether sm90 has a kernel of this tile for dq alone, which rounds the weighted c (sm90/launch.h, Split). Gradients of
+// the other tiles split it in any case.
+constexpr bool sm90_has_dq(const Tile& t) { return t.slice == 128 || t.tile_a > 128; }
+
 // Whether sm90 has kernels that take SiLU of their operands: not where a has stages of its own.
 constexpr bool sm90_takes_silu(const Tile& t) { return t.tile_a < 256; }
 

@@ -115,9 +115,9 @@ Plan plan_for(const Attention& args, bool backward, bool slope_grad, bool mappab
   return plan;
 }
 
-// Launch `which` of the plan, on the jobs in params.
+// Launch `which` of the plan, on the jobs in params. `behind`: sm90, the launch before it was one of these.
 void launch(const Attention& args, const Plan& plan, int which, const TrilinearParams& params, bool gradients,
-            bool slope_grad, const Device& device) {
+            bool slope_grad, const Device& device, bool behind = false) {
   const Tile& tile = plan.tiles[which];
   const cudaStream_t stream = device.stream();
   cudaError_t error;
@@ -125,15 +125,14 @@ void launch(const Attention& args, const Plan& plan, int which, const TrilinearP
     sm90::LaunchOptions options;
     options.cluster = plan.clusters[which];
     options.max_blocks = plan.max_blocks[which];
-    // Behind the combine or the state pass, whose states it reads; the second launch behind the first, of which it
-    // needs nothing and which has waited for the combine pass. Behind the short requests of an extend, whose rows and
-    // slots are others.
-    options.overlaps = params.is_cut || which > 0 || params.units != nullptr;
-    options.reads_previous = params.is_cut && (which == 0 || !plan.is_fused);
-    const bool both = plan.is_fused && which == 0;
-    const bool silu = params.jobs[0].silu != 0;
-    error =
-        sm90::launch_trilinear(params, {args.dtype, tile.tile_a, tile.slice, gradients, both, silu}, options, stream);
+    // Behind the combine or the state pass, whose states it reads; behind another launch, of which it needs nothing and
+    // which has waited for the combine pass. Behind the short requests of an extend, whose rows and slots are others.
+    options.overlaps = params.is_cut || behind || params.units != nullptr;
+    options.reads_previous = params.is_cut && !behind;
+    const bool both = plan.is_fused && which == 0, silu = params.jobs[0].silu != 0;
+    const bool is_dq = gradients && !params.jobs[0].reverse;
+    const sm90::Split split = is_dq ? sm90::split_of_dq(tile) : sm90::split_of(gradients);
+    error = sm90::launch_trilinear(params, {args.dtype, tile.tile_a, tile.slice, split, both, silu}, options, stream);
   } else if (plan.family == Family::kSm80) {
     const sm80::LaunchOptions options{false, device.orders_kernels() && params.is_cut && which == 0};
     error =
@@ -153,8 +152,8 @@ bool launch_in_one_pass(const Attention& args, const Plan& plan, TrilinearParams
     params.local_floats = plan.state_floats[0];
     sm90::LaunchOptions options;
     options.in_one_pass = true;
-    error = sm90::launch_trilinear(params, {args.dtype, tile.tile_a, tile.slice, false, false, false}, options,
-                                   device.stream());
+    error = sm90::launch_trilinear(params, {args.dtype, tile.tile_a, tile.slice, sm90::split_of(false), false, false},
+                                   options, device.stream());
   } else {
     sm80::LaunchOptions options;
     options.in_one_pass = true;
@@ -181,8 +180,8 @@ void launch_states(const Attention& args, const Plan& plan, int which, const Tri
     // Behind the short requests of an extend. (Behind its plan, which the snapshots' pass reads at once, it does not.)
     options.overlaps = params.units != nullptr && !params.states_alone;
     const bool silu = params.jobs[0].silu != 0;
-    error =
-        sm90::launch_trilinear(params, {args.dtype, tile.tile_a, tile.slice, gradients, false, silu}, options, stream);
+    error = sm90::launch_trilinear(
+        params, {args.dtype, tile.tile_a, tile.slice, sm90::split_of(gradients), false, silu}, options, stream);
   } else if (plan.family == Family::kSm80) {
     error =
         sm80::launch_trilinear(params, {args.dtype, tile.tile_a, tile.slice, gradients, false}, {true, false}, stream);
@@ -377,21 +376,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_o
     params.num_jobs = 0;
     for (const TrilinearJob* job : jobs) params.jobs[params.num_jobs++] = *job;
   };
-  auto launch_jobs = [&](int which, std::initializer_list<const TrilinearJob*> jobs) {
+  auto launch_jobs = [&](int which, std::initializer_list<const TrilinearJob*> jobs, bool behind = false) {
     set_jobs(jobs);
-    launch(args, plan, which, params, true, wants_dslope && which == 0, device);
+    launch(args, plan, which, params, true, wants_dslope && which == 0, device, behind);
   };
   set_jobs({&dq_job, &dk_job});
   enter_segments(args, plan, 0, params, true, device);
   if (plan.is_fused) {
     launch_jobs(0, {&dk_job, &dv_job});
-    launch_jobs(1, {&dq_job});
+    launch_jobs(1, {&dq_job}, true);
+  } else if (plan.family == Family::kSm90) {
+    launch_jobs(0, {&dq_job});
+    launch_jobs(0, {&dk_job}, true);
+    set_jobs({&dv_job});
+    enter_segments(args, plan, 1, params, true, device);
+    launch_jobs(1, {&dv_job}, !params.is_cut);
   } else if (plan.num_launches == 1) {
     launch_jobs(0, {&dq_job, &dk_job, &dv_job});
   } else {
     launch_jobs(0, {&dq_job, &dk_job});
-    set_jobs({&dv_job});
-    if (!shares_states) enter_segments(args, plan, 1, params, true, device);
     launch_jobs(1, {&dv_job});
   }
 

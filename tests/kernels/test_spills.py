@@ -77,11 +77,11 @@ def test_logs_are_understood():
 # ---- instances
 
 
-def configured_instances(text: str) -> set[tuple[str, int, int, bool, bool, bool]]:
+def configured_instances(text: str) -> set[tuple[str, int, int, str, bool, bool]]:
     """(dtype, tile_a, slice, split, slope_grad; sm90: both, silu) of every LA2_INSTANCE line."""
-    rows = re.findall(r"^LA2_INSTANCE\((\w+), (\w+), (\d+), (\d+), (\d), (\d)(?:, (\d))?\)$", text, re.MULTILINE)
+    rows = re.findall(r"^LA2_INSTANCE\((\w+), (\w+), (\d+), (\d+), ([\w:]+), (\d)(?:, (\d))?\)$", text, re.MULTILINE)
     assert len(rows) == len(re.findall(r"^LA2_INSTANCE\(", text, re.MULTILINE)), "a line of another form"
-    return {(dtype, int(a), int(s), *(flag == "1" for flag in flags)) for _, dtype, a, s, *flags in rows}
+    return {(dtype, int(a), int(s), split, *(flag == "1" for flag in flags)) for _, dtype, a, s, split, *flags in rows}
 
 
 @pytest.fixture(scope="module")
@@ -110,9 +110,24 @@ def planner_shapes(file: str, table: str, entry: str) -> set[tuple[int, int]]:
     return shapes
 
 
-# out, gradients, and the slope's too (sm90: dk and dv at once); of SiLU'd operands
-KINDS = ((False, False, False), (True, False, False), (True, True, False))
-SILU = (False, False, True)
+# out, gradients, and the slope's too
+SM80_KINDS = (("0", False, False), ("1", False, False), ("1", True, False))
+# out, of SiLU'd operands, dq, gradients alone, dk and dv at once
+OUT, SILU, DQ, GRADIENT, BOTH = SM90_KINDS = (
+    ("Split::kNone", False, False),
+    ("Split::kNone", False, True),
+    ("Split::kState", False, False),
+    ("Split::kStateAndValues", False, False),
+    ("Split::kStateAndValues", True, False),
+)
+
+
+def sm90_has(tile_a: int, size: int, kind: tuple[str, bool, bool]) -> bool:
+    if kind == BOTH:
+        return tile_a <= 128  # more columns of both gradients' operands do not fit
+    if kind == SILU:
+        return tile_a <= 192
+    return kind != DQ or size == 128 or tile_a > 128
 
 
 def test_every_shape_of_the_planner_is_built_and_no_other(instances):
@@ -121,11 +136,12 @@ def test_every_shape_of_the_planner_is_built_and_no_other(instances):
         "sm90": planner_shapes("plan_sm90.cpp", "Sm90Cost kTrilinear", r"\{(\d+), (\d+), \d+\.\d+"),
     }
     for family, shapes in tables.items():
-        kinds = KINDS if family == "sm80" else (*KINDS, SILU)
-        wanted = {(dtype, *shape, *kind) for dtype, shape, kind in itertools.product(("bf16", "fp16"), shapes, kinds)}
-        # Both gradients' operands of more than 128 columns do not fit, nor those of SiLU of more than 192.
-        if family == "sm90":
-            wanted = {w for w in wanted if not (w[1] > 128 and w[4]) and not (w[1] > 192 and w[5])}
+        kinds = SM80_KINDS if family == "sm80" else SM90_KINDS
+        wanted = {
+            (dtype, *shape, *kind)
+            for dtype, shape, kind in itertools.product(("bf16", "fp16"), shapes, kinds)
+            if family == "sm80" or sm90_has(*shape, kind)
+        }
         built = instances[family]
         assert built == wanted, f"{family} missing: {sorted(wanted - built)}; in vain: {sorted(built - wanted)}"
 
@@ -158,11 +174,15 @@ def test_plans_name_instances_that_exist(plan_line, instances, device):
         assert tiles, line
         for i, (pair, tile_a, size, _) in enumerate(tiles):
             is_gradient = "backward" in what
-            silu = what == ",silu" and "torch" not in line
-            last = "dslope" in what and i == 0 if family == "sm80" else pair != ""
-            needed = (dtype, int(tile_a), int(size), is_gradient, last, silu)
-            assert needed in instances[family], f"{line} needs {needed} of {family}"
-            if i == 0 and family == "sm80":  # the state pass
-                assert (*needed[:3], is_gradient, False, False) in instances[family], (
-                    f"{line} needs {needed} without dots"
-                )
+            if family == "sm80":
+                wanted = {("1" if is_gradient else "0", last, False) for last in (False, "dslope" in what and i == 0)}
+            elif not is_gradient:
+                wanted = {SILU if what == ",silu" and "torch" not in line else OUT}
+            elif pair:
+                wanted = {BOTH}
+            else:
+                is_fused, has_dq = "dk and dv" in line, sm90_has(int(tile_a), int(size), DQ)
+                wanted = {DQ if has_dq else GRADIENT} if is_fused else {GRADIENT, DQ} if i == 0 and has_dq else {GRADIENT}
+            for kind in wanted:
+                needed = (dtype, int(tile_a), int(size), *kind)
+                assert needed in instances[family], f"{line} needs {needed} of {family}"

@@ -364,8 +364,9 @@ def test_packed_sequences_are_separate_calls(monkeypatch, dtype, index_dtype):
 # ---- error bounds that the documentation promises
 
 
-def silu_problem(dtype):
-    x = Case(heads=8, batch=2, length=2048, key_dim=128, value_dim=128, dtype=FP32, state_layout=None).make(CUDA)
+def silu_problem(dtype, dims=(128, 128)):
+    dim_k, dim_v = dims
+    x = Case(heads=8, batch=2, length=2048, key_dim=dim_k, value_dim=dim_v, dtype=FP32, state_layout=None).make(CUDA)
     x.slope = alibi(8)
     x.q, x.k, x.v = (torch.nn.functional.silu(t).to(dtype) for t in (x.q, x.k, x.v))
     x.grad_out = x.grad_out.to(dtype)
@@ -389,6 +390,19 @@ def test_error_of_bfloat16(monkeypatch, family):
     truth, got = gradient_truth(x), four_results(x)
     errors = {name: relative_error(got[name], truth[name]) for name in NAMES}
     assert errors["out"] <= 1.9e-3 and all(errors[n] <= 2.1e-3 for n in NAMES[1:]), errors
+
+
+@needs_hopper
+@pytest.mark.parametrize("dims", ((64, 64), (64, 256), (256, 64), (128, 256), (256, 128), (192, 192), (256, 256)))
+@pytest.mark.parametrize("slice", (64, 128))
+def test_error_of_other_hopper_tiles(monkeypatch, dims, slice):
+    has_such = slice == 64 or max(dims) <= 128 or min(dims) <= 128
+    monkeypatch.setenv("LA2_PLAN", "family=sm90" + (f",slice={slice}" if has_such and min(dims) != max(dims) else ""))
+    x = silu_problem(BF16, dims)
+    errors = [relative_error(a, b) for a, b in _pairs(x)]
+    assert errors[0] <= 1.9e-3 and max(errors[1:]) <= 2.1e-3, errors
+    heads = [relative_error(a[:, h], b[:, h]) for a, b in _pairs(x) for h in range(8)]
+    assert max(heads) <= 2.4e-3, heads
 
 
 @needs_hopper

@@ -154,7 +154,6 @@ __device__ __forceinline__ void carry_state(SharedStorage<Cfg>& smem, const Tril
   const float update = static_cast<float>(job.update);
   Ring<Cfg::kStages> ring;
   Ring<Cfg::kStateBuffers> state_ring;
-  if (!Cfg::kHasTable && reads_previous) ptx::wait_for_previous_kernel();
   for (int index = schedule.first(); index < schedule.count(p); index = schedule.after(index, p)) {
     const Item item = schedule.item(p, job, index, Cfg::kSlice);
     if (!item.is_valid) break;
@@ -195,7 +194,6 @@ __device__ __forceinline__ void carry_state_ahead(SharedStorage<Cfg>& smem, cons
   const float update = static_cast<float>(job.update);
   Ring<Cfg::kStages> ring;
   Ring<Cfg::kStateBuffers> state_ring;
-  if (!Cfg::kHasTable && reads_previous) ptx::wait_for_previous_kernel();
   for (int index = schedule.first(); index < schedule.count(p); index = schedule.after(index, p)) {
     const Item item = schedule.item(p, job, index, Cfg::kSlice);
     if (!item.is_valid) break;

@@ -9,20 +9,17 @@
 namespace la2::sm90 {
 
 // kTileA: Da rounded up, the missing columns read as zero. kSlice: the columns of Dc of a block.
-// kSplit: the two operands that are rounded from float32, the state and the weighted c, go in as a sum of two 16-bit
-// numbers. The gradients need it for an error below that of their own rounding (../DESIGN.md); out does not. dq does
-// without the second half of c, for which a slice of 128 has no registers to spare (kSplitsValues). dk and dv together
-// split the masked scores as well.
+// kSplit_: launch.h. dk and dv together split the masked scores as well.
 // kBoth: a second job runs along, T(a', c, b) beside T(a, b, c), whose state is the transposed of the first one's: dv
 // beside dk. One slice is all of Dc then.
 // kSilu: operands that job.silu names go through SiLU first (out alone).
-template <class T_, int kTileA_, int kSlice_, bool kSplit_, bool kBoth_ = false, bool kSilu_ = false>
+template <class T_, int kTileA_, int kSlice_, Split kSplit_, bool kBoth_ = false, bool kSilu_ = false>
 struct Config {
   using T = T_;
   static constexpr int kTileA = kTileA_, kSlice = kSlice_;
-  static constexpr bool kSplit = kSplit_, kBoth = kBoth_, kSilu = kSilu_;
+  static constexpr bool kSplit = kSplit_ != Split::kNone, kSplitsValues = kSplit_ == Split::kStateAndValues;
+  static constexpr bool kBoth = kBoth_, kSilu = kSilu_;
   static constexpr bool kAlone = false, kInCluster = !kBoth;  // one item to a block; shared copies (work.cuh)
-  static constexpr bool kSplitsValues = kSplit && (kSlice == 64 || kBoth);
   static constexpr bool kNeedsRange = std::is_same<T, __half>::value;  // 65504 ends it, and a state may not
 
   using TileA = tile::SwizzledTile<T, kChunk, kTileA>;

@@ -5,6 +5,7 @@
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 
+#include "../../core/tile.h"
 #include "../trilinear.h"
 
 namespace la2::sm90 {
@@ -17,14 +18,24 @@ struct TrilinearMaps {
   JobMaps jobs[kMaxJobs];
 };
 
-// Which instance: Da rounded up to tile_a, slices of Dc, operands split in two for gradients; both: jobs[1] is
-// T(a', c, b) where jobs[0] is T(a, b, c), sweeps alike and is computed along with it, from the same state (dk and dv).
-// silu: takes SiLU of the operands that jobs[0].silu names.
+// Which of the operands that are rounded from float32 go in as a sum of two 16-bit numbers: the state, and the weighted
+// c. Gradients need it for an error below that of their own rounding (../DESIGN.md); out does not, and dq, which like
+// it sweeps forward, does without the second half of c.
+enum class Split { kNone, kState, kStateAndValues };
+
+// Which instance: Da rounded up to tile_a, slices of Dc; both: jobs[1] is T(a', c, b) where jobs[0] is T(a, b, c),
+// sweeps alike and is computed along with it, from the same state (dk and dv). silu: takes SiLU of the operands that
+// jobs[0].silu names.
 struct Instance {
   DType dtype;
   int tile_a, slice;
-  bool split, both, silu;
+  Split split;
+  bool both, silu;
 };
+
+// The gradients' state pass splits both; its instances go with those of the main pass that every shape has.
+constexpr Split split_of(bool gradients) { return gradients ? Split::kStateAndValues : Split::kNone; }
+inline Split split_of_dq(const Tile& tile) { return sm90_has_dq(tile) ? Split::kState : Split::kStateAndValues; }
 
 struct LaunchOptions {
   int cluster = 1;              // slices of one head side by side in a cluster, which share the copies of a and b

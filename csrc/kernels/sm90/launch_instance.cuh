@@ -20,12 +20,12 @@ cudaError_t LA2_INSTANCE_FUNCTION(LA2_INSTANCE_NAME)(const TrilinearParams& give
   TrilinearParams params = given;
   const int64_t blocks = blocks_of_items(params, options, Cfg::kSlice);
   if (options.state_only) {
-    using Gather = GatherConfig<LA2_DTYPE, LA2_TILE_A, LA2_SLICE, LA2_SPLIT, LA2_SILU>;
+    using Gather = GatherConfig<LA2_DTYPE, LA2_TILE_A, LA2_SLICE, Cfg::kSplit, LA2_SILU>;
     static_assert(sizeof(GatherStorage<Gather>) <= kMostShared);
-    if constexpr (!Cfg::kBoth)
+    if constexpr (!Cfg::kBoth && Cfg::kSplit == Cfg::kSplitsValues)
       return launch_kernel(la2_gather_sm90_kernel<Gather>, blocks, params.num_jobs, Gather::kThreads,
                            sizeof(GatherStorage<Gather>), options, stream, params, maps);
-    return cudaErrorInvalidDeviceFunction;  // the instance without `both` serves it
+    return cudaErrorInvalidDeviceFunction;  // another instance serves it (split_of, without `both`)
   }
   static_assert(sizeof(SharedStorage<Cfg>) <= kMostShared);
   if (options.in_one_pass) {

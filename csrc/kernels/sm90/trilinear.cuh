@@ -200,8 +200,8 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
     ptx::tma_prefetch_map(&job_maps->c);
   }
   __syncthreads();
-  // What is launched behind dk and dv reads states as well, and does not wait for them itself.
-  if (Cfg::kBoth && reads_previous) ptx::wait_for_previous_kernel();
+  // What is launched behind a gradient reads states as well, and does not wait for them itself.
+  if (Cfg::kSplit && reads_previous) ptx::wait_for_previous_kernel();
   ptx::launch_dependents();
   if (cluster > 1) ptx::cluster_sync();
 
