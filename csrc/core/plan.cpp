@@ -176,10 +176,6 @@ Status parse_forced(const std::string& text, Forced* forced) {
       if (Status s = parse_number("LA2_PLAN: segments", value, &forced->segments); !s.is_ok()) return s;
     } else if (key == "segment_len") {
       if (Status s = parse_number("LA2_PLAN: segment_len", value, &forced->segment_len); !s.is_ok()) return s;
-    } else if (key == "cluster") {
-      if (Status s = parse_number("LA2_PLAN: cluster", value, &forced->cluster); !s.is_ok()) return s;
-      if (forced->cluster != 1 && forced->cluster != 2 && forced->cluster != 4)
-        return Status::error("LA2_PLAN: cluster is '" + value + "', expected 1, 2 or 4");
     } else if (key == "blocks") {
       if (Status s = parse_number("LA2_PLAN: blocks", value, &forced->blocks); !s.is_ok()) return s;
     } else if (key == "passes") {
@@ -190,7 +186,7 @@ Status parse_forced(const std::string& text, Forced* forced) {
       if (Status s = parse_number("LA2_PLAN: pieces", value, &forced->pieces); !s.is_ok()) return s;
     } else {
       return Status::error("LA2_PLAN: unknown key '" + key +
-                           "', expected family, slice, segments, segment_len, cluster, blocks, passes or pieces");
+                           "', expected family, slice, segments, segment_len, blocks, passes or pieces");
     }
   }
   if (forced->segments != 0 && forced->segment_len != 0)
@@ -508,8 +504,7 @@ std::string describe(const Problem& p, const DeviceProps& device, const Plan& pl
   line << " on sm_" << device.compute_capability << 'x' << device.num_sms << ": " << family_text(plan.family);
   for (int i = 0; i < plan.num_launches; ++i)
     line << (i ? " + " : " ") << (plan.is_fused && i == 0 ? "dk and dv " : "") << "tile " << plan.tiles[i].tile_a
-         << " slice " << plan.tiles[i].slice << " chunk " << plan.tiles[i].chunk
-         << (plan.clusters[i] > 1 ? " cluster " + std::to_string(plan.clusters[i]) : "");
+         << " slice " << plan.tiles[i].slice << " chunk " << plan.tiles[i].chunk;
   line << ", " << plan.num_segments << (plan.num_segments == 1 ? " segment of " : " segments of ") << plan.segment_len
        << (plan.in_one_pass ? " in one pass" : "") << (p.silu && !plan.takes_silu ? " behind torch's silu" : "")
        << (plan.num_pieces > 1 ? " gathered in " + std::to_string(plan.num_pieces) + " pieces" : "") << ", "

@@ -48,7 +48,6 @@ struct Plan {
   bool is_fused = false;
   bool takes_silu = false;         // sm90 forward: the kernels do what Problem::silu asks for; else it is torch's
   bool in_one_pass = false;        // forward: state, combine and main pass are one kernel, all blocks resident
-  int clusters[2] = {1, 1};        // sm90: neighbouring slices of a head that share their copies of a and b, by launch
   int64_t max_blocks[2] = {0, 0};  // sm90: of a job; they take turns at the items. 0: a block for each item
   int64_t segment_len = 0;         // tokens, a multiple of every chunk; one segment: at least the longest sequence
   int64_t num_segments = 1;        // of the longest possible sequence
@@ -59,7 +58,6 @@ struct Plan {
   // launch 1. Forward: also of a state pass for snapshots,
   // whether sequences are cut or not.
   Tile state_tiles[2];
-  int state_clusters[2] = {1, 1};
   int64_t state_floats[2] = {0, 0};  // of one head's state, in the family's own order (0: [D, E]): sm90, in_one_pass
   // sm80 and sm90: the state pass walks a segment in pieces of this many chunks of 64 tokens side by side, counted from
   // the end of the sweep, the last one what is left.
@@ -83,8 +81,8 @@ inline int64_t spare_states(bool packed, const Plan& plan) { return packed && pl
 
 // Fails with a sentence where no kernel serves the problem. `forced` is the value of LA2_PLAN: a comma-separated list
 // of key=value out of family=simt|sm80|sm90, slice=64|128, segments=N or segment_len=TOKENS, passes=1|3 where sequences
-// are cut (1: in_one_pass; without a family sm90's), pieces=N (the same); sm90: cluster=1|2|4, blocks=N for each that
-// is resident, which take turns; empty: free choice.
+// are cut (1: in_one_pass; without a family sm90's), pieces=N (the same); sm90: blocks=N for each that is resident,
+// which take turns; empty: free choice.
 Status make_plan(const Problem& problem, const DeviceProps& device, const std::string& forced, Plan* plan);
 
 // The same for callers that ask for the same again and again: each thread remembers the plans that it last made.

@@ -13,8 +13,8 @@ namespace la2 {
 // LA2_PLAN, parsed. Empty and 0: free choice.
 struct Forced {
   std::string family;
-  int64_t slice = 0, segments = 0, segment_len = 0, cluster = 0, blocks = 0, passes = 0, pieces = 0;
-  bool is_for_sm90() const { return cluster != 0 || blocks != 0 || passes != 0 || pieces != 0; }
+  int64_t slice = 0, segments = 0, segment_len = 0, blocks = 0, passes = 0, pieces = 0;
+  bool is_for_sm90() const { return blocks != 0 || passes != 0 || pieces != 0; }
 };
 
 constexpr int64_t kSegmentStep = 64;  // every chunk size divides it; the shortest segment

@@ -20,7 +20,7 @@ struct Sm90Cost {
 };
 constexpr Sm90Cost kTrilinear[] = {
     {64, 64, 0.62, 1.12, 0.43, 0.46},   {64, 128, 1.13, 1.30, 0.54, 0.70}, {128, 64, 0.86, 1.30, 0.51, 0.60},
-    {128, 128, 1.38, 1.60, 0.64, 0.97}, {192, 64, 1.20, 1.75, 0.60, 1.09}, {256, 64, 1.50, 2.60, 0.69, 1.58},
+    {128, 128, 1.38, 1.60, 0.64, 0.97}, {192, 64, 1.20, 1.55, 0.60, 1.09}, {256, 64, 1.40, 1.95, 0.69, 1.58},
 };
 // A gradient in slices of 128 is dq; what dk and dv take longer there, and dq less in tiles 192 and 256, for the second
 // half of the weighted c (core/tile.h, sm90_has_dq).
@@ -78,31 +78,17 @@ double state_us(const Problem& p, const Sm90Cost& cost) {
   return p.silu ? std::max(cost.state_only, kSiluStateUs * elements) : cost.state_only;
 }
 
-// Slices side by side in a cluster: pairs where they come out even. Four at a time lost: with two stages a block waits
-// for its copies, and for the slowest of four (csrc/kernels/DESIGN.md).
-// None in forwards where D and E are up to 128: what a cluster costs to start and to wait for is more than the copies
-// it shares. (Measured at D = E = 128, with larger dims not.)
-int cluster_for(const Problem& p, int64_t slices, const Forced& forced) {
-  if (forced.cluster != 0) return static_cast<int>(forced.cluster);
-  const bool is_alone = !p.backward && p.dim_k <= 128 && p.dim_v <= 128;
-  return slices % 2 == 0 && !is_alone ? 2 : 1;
-}
-
-// Where dq, dk and dv go alone: 128 columns, if that is wanted, a state of 128 rows and more fits, and no half of a slice
-// would be left over. ((4,32,4096), E = 192, D = 128: dv in three slices of 64 or two of 128, the whole backward 764 and
-// 816 us; E = 256: 969 and 934.)
+// Where dq, dk and dv go alone: 128 columns, if that is wanted, a state of 128 rows and more fits, and no half of a
+// slice would be left over. ((4,32,4096), E = 192, D = 128: dv in three slices of 64 or two of 128, the whole backward
+// 764 and 816 us; E = 256: 969 and 934.)
 int slice_of_gradients(int wanted, int64_t dim_a, int64_t dim_c) {
   return wanted == 128 && tile_for(dim_a) <= 128 && ceil_div(dim_c, 64) % 2 == 0 ? 128 : 64;
 }
 
-// Blocks that are resident at once. An SM holds one; of clusters of 4, 30 fit into the 132 SMs of an H100 or H200.
-int64_t resident_blocks(const DeviceProps& device, int cluster) {
-  return cluster < 4 ? device.num_sms / cluster * cluster : device.num_sms * 10 / 11 / cluster * cluster;
-}
-
-int64_t most_blocks(const Problem& p, const DeviceProps& device, int cluster, const Forced& forced) {
-  if (forced.blocks != 0) return std::min(forced.blocks, kMostTurns) * resident_blocks(device, cluster);
-  return p.packed ? 0 : resident_blocks(device, cluster);
+// Of a launch of a job; an SM holds one block at a time.
+int64_t most_blocks(const Problem& p, const DeviceProps& device, const Forced& forced) {
+  if (forced.blocks != 0) return std::min(forced.blocks, kMostTurns) * device.num_sms;
+  return p.packed ? 0 : device.num_sms;
 }
 
 // Of the state pass's chunks, the share that decay leaves something of: not known to the host, 1 without decay, little
@@ -183,10 +169,9 @@ void set_lanes(const Problem& p, const DeviceProps& device, const Forced& forced
   if (forced.blocks != 0) return;
   const Tile& tile = plan->tiles[0];
   const double us_of_token = out_us(p, *find(tile.tile_a, tile.slice)) * (1 + kBusy) / kChunk;
-  const int cluster = plan->clusters[0];
-  const int64_t blocks = ceil_div(ceil_div(p.dim_v, tile.slice), cluster) * cluster * std::max<int64_t>(p.heads, 1);
-  const int64_t resident = resident_blocks(device, cluster), lanes = std::min<int64_t>(resident / blocks, kMostLanes);
-  const bool is_full = static_cast<double>(lanes * blocks) >= kLeastInLanes * static_cast<double>(resident);
+  const int64_t blocks = ceil_div(p.dim_v, tile.slice) * std::max<int64_t>(p.heads, 1);
+  const int64_t lanes = std::min<int64_t>(device.num_sms / blocks, kMostLanes);
+  const bool is_full = static_cast<double>(lanes * blocks) >= kLeastInLanes * static_cast<double>(device.num_sms);
   if (is_full) {
     plan->lanes = static_cast<int>(lanes);
     plan->max_blocks[0] = lanes * blocks;
@@ -197,9 +182,9 @@ void set_lanes(const Problem& p, const DeviceProps& device, const Forced& forced
 }
 
 // A launch of `width` blocks for each unit and head, which moves `bytes`. item_us: packed_item_us of the main pass.
-double launch_us(const DeviceProps& device, const Walk& walk, int64_t width, int cluster, double share, double chunk_us,
+double launch_us(const DeviceProps& device, const Walk& walk, int64_t width, double share, double chunk_us,
                  double bytes, double item_us = 0) {
-  const double resident = static_cast<double>(resident_blocks(device, cluster));
+  const double resident = static_cast<double>(device.num_sms);
   const double items = static_cast<double>(walk.units * width) * share;
   const double chunks = static_cast<double>(walk.chunks);
   const double steps = walk.is_packed ? walk.all * static_cast<double>(width) * share / resident + chunks / 2
@@ -247,8 +232,8 @@ double one_pass_us(const Problem& p, const DeviceProps& device, const Plan& plan
                               ? kOneWaitUs + (kAddUs + kAddBusyUs * busy) * segments * tile.tile_a / 128
                               : kTogetherUs + kSegmentUs * segments + combine_us(p, plan, kCombineGBs);
   return kFirstUs + exchange + mean_us(walks, [&](const Walk& walk) {
-           return launch_us(device, walk, slices, 1, 1, cost.state_only, half) +
-                  launch_us(device, walk, slices, 1, 1, cost.out, half < kBytesInL2 ? half : 2 * half);
+           return launch_us(device, walk, slices, 1, cost.state_only, half) +
+                  launch_us(device, walk, slices, 1, cost.out, half < kBytesInL2 ? half : 2 * half);
          });
 }
 
@@ -260,9 +245,6 @@ Status plan_sm90(const Problem& p, const DeviceProps& device, const Forced& forc
     return Status::error("LA2_PLAN: family sm90 runs on compute capability 9.0 alone, the GPU has " +
                          std::to_string(device.compute_capability / 10) + "." +
                          std::to_string(device.compute_capability % 10));
-  if (device.num_sms < 8)  // room for one cluster, whatever its size
-    return Status::error("LA2_PLAN: family sm90 needs 8 multiprocessors, the GPU has " +
-                         std::to_string(device.num_sms));
   if (p.dtype != DType::kBFloat16 && p.dtype != DType::kFloat16)
     return Status::error("LA2_PLAN: family sm90 has kernels for bf16 and fp16 alone");
   if (p.slope_grad) return Status::error("LA2_PLAN: family sm90 has no slope gradient, expected sm80");
@@ -289,10 +271,8 @@ Status plan_sm90(const Problem& p, const DeviceProps& device, const Forced& forc
         const Sm90Cost* cost = find(tile_for(dim_a), wanted_slice);
         if (cost == nullptr) return false;
         const int64_t slices = ceil_div(dim_c, wanted_slice);
-        const int cluster = cluster_for(p, slices, forced);
         candidate.tiles[launch] = {cost->tile_a, wanted_slice, kChunk};
-        candidate.clusters[launch] = cluster;
-        candidate.max_blocks[launch] = most_blocks(p, device, cluster, forced);
+        candidate.max_blocks[launch] = most_blocks(p, device, forced);
         candidate.num_launches = launch + 1;
         const int jobs = has_dq && has_dk ? 2 : 1;
         const double bytes = rows * jobs * 2 * static_cast<double>(dim_a + dim_c);
@@ -300,8 +280,7 @@ Status plan_sm90(const Problem& p, const DeviceProps& device, const Forced& forc
                                 : jobs == 2 ? (gradient_us(*cost, true) + gradient_us(*cost, false)) / 2
                                             : gradient_us(*cost, has_dq);
         us += mean_us(walks, [&](const Walk& walk) {
-          return launch_us(device, walk, ceil_div(slices, cluster) * cluster * jobs, cluster, 1, chunk_us, bytes,
-                           packed_item_us(p, wanted_slice));
+          return launch_us(device, walk, slices * jobs, 1, chunk_us, bytes, packed_item_us(p, wanted_slice));
         });
         return true;
       };
@@ -312,13 +291,13 @@ Status plan_sm90(const Problem& p, const DeviceProps& device, const Forced& forc
         if (slice == 128 && p.dim_k <= 64) continue;
         candidate.is_fused = true;
         candidate.tiles[0] = {tile_for(p.dim_v), tile_for(p.dim_k), kChunk};  // of dk
-        candidate.max_blocks[0] = most_blocks(p, device, 1, forced);
+        candidate.max_blocks[0] = most_blocks(p, device, forced);
         const double before = us;
         if (!add(1, p.dim_v, p.dim_k, slice, true, false)) continue;
-        const double of_dq = us - before, of_pair = mean_us(walks, [&](const Walk& walk) {
-                                            return launch_us(device, walk, 1, 1, 1, pair_us,
-                                                             rows * 3 * static_cast<double>(p.dim_k + p.dim_v));
-                                          });
+        const double of_dq = us - before,
+                     of_pair = mean_us(walks, [&](const Walk& walk) {
+                       return launch_us(device, walk, 1, 1, pair_us, rows * 3 * static_cast<double>(p.dim_k + p.dim_v));
+                     });
         const int64_t blocks = candidate.num_units * p.heads * (1 + ceil_div(p.dim_k, slice));
         us = before + (4 * blocks <= 3 * device.num_sms ? kDqUs + std::max(of_dq, of_pair * kBeside)
                                                         : kDqBehindUs + of_dq + of_pair);
@@ -333,7 +312,6 @@ Status plan_sm90(const Problem& p, const DeviceProps& device, const Forced& forc
       auto choose_state_tile = [&](int launch, int64_t dim_a, int64_t dim_c) {
         const int tile_a = tile_for(dim_a), slice_c = dim_c <= 64 || tile_a > 128 ? 64 : 128;
         candidate.state_tiles[launch] = {tile_a, slice_c, kChunk};
-        candidate.state_clusters[launch] = cluster_for(p, ceil_div(dim_c, slice_c), forced);
       };
       // Also where nothing is cut: for snapshots and la2::_states.
       if (p.backward)
@@ -348,18 +326,17 @@ Status plan_sm90(const Problem& p, const DeviceProps& device, const Forced& forc
           choose_state_tile(launch, dim_a, dim_c);
           const Tile& tile = candidate.state_tiles[launch];
           const int64_t slices = ceil_div(dim_c, tile.slice);
-          const int cluster = candidate.state_clusters[launch];
           candidate.state_floats[launch] = tile.tile_a * ceil_div(dim_c, 64) * 64;
           const Sm90Cost& cost = *find(tile.tile_a, tile.slice);
           us += mean_us(walks, [&](const Walk& walk) {
             if (walk.cut_share == 0) return 0.0;
-            const bool at_once = walk.units * slices * jobs <= resident_blocks(device, cluster);
+            const bool at_once = walk.units * slices * jobs <= device.num_sms;
             Walk window = walk;
             if (at_once) window.chunks = std::min(walk.chunks, kLongestWindow / kChunk);
             if (candidate.num_pieces > 1) window.chunks = std::min(window.chunks, candidate.piece_chunks);
             const double share = static_cast<double>(kMeanWindow) / static_cast<double>(walk.chunks);
             const double bytes = rows * jobs * walk.cut_share * static_cast<double>(dim_a + dim_c);
-            return (at_once ? 1.0 : kWindowShare) * launch_us(device, window, slices * jobs, cluster, walk.cut_share,
+            return (at_once ? 1.0 : kWindowShare) * launch_us(device, window, slices * jobs, walk.cut_share,
                                                               p.backward ? cost.state_only_split : state_us(p, cost),
                                                               at_once ? bytes * std::min(1.0, share) : bytes);
           });
@@ -379,7 +356,6 @@ Status plan_sm90(const Problem& p, const DeviceProps& device, const Forced& forc
         candidate.in_one_pass = together != 0 && forced.passes != 3 && (together < us || forced.passes == 1);
         if (candidate.in_one_pass) {
           us = together;
-          candidate.clusters[0] = 1;
           candidate.max_blocks[0] = 0;
           candidate.num_pieces = 1;
         }

@@ -123,7 +123,6 @@ void launch(const Attention& args, const Plan& plan, int which, const TrilinearP
   cudaError_t error;
   if (plan.family == Family::kSm90) {
     sm90::LaunchOptions options;
-    options.cluster = plan.clusters[which];
     options.max_blocks = plan.max_blocks[which];
     // Behind the combine or the state pass, whose states it reads; behind another launch, of which it needs nothing and
     // which has waited for the combine pass. Behind the short requests of an extend, whose rows and slots are others.
@@ -175,7 +174,6 @@ void launch_states(const Attention& args, const Plan& plan, int which, const Tri
   cudaError_t error;
   if (plan.family == Family::kSm90) {
     sm90::LaunchOptions options;
-    options.cluster = plan.state_clusters[which];
     options.state_only = true;
     // Behind the short requests of an extend. (Behind its plan, which the snapshots' pass reads at once, it does not.)
     options.overlaps = params.units != nullptr && !params.states_alone;
@@ -558,7 +556,7 @@ Tensor extend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& s
     // How many units there are the host does not know: blocks that take turns at them make the absent ones cheap,
     // several to an SM even out unlike lengths.
     constexpr int64_t kBlocksOfSm = 8;
-    plan.max_blocks[0] = kBlocksOfSm * (device.props().num_sms & ~3);  // whole clusters
+    plan.max_blocks[0] = kBlocksOfSm * device.props().num_sms;
   }
 
   const Tensor tables_memory = empty_contiguous(q, {table_elements(p, plan)}, ScalarType::Long);

@@ -13,7 +13,7 @@ from tests.support.cases import Case, cases
 
 la2 = torch.ops.la2
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-PLANS = ("", "segments=1", "segments=2", "segments=5", "slice=64", "slice=128", "family=sm80", "cluster=1")
+PLANS = ("", "segments=1", "segments=2", "segments=5", "slice=64", "slice=128", "family=sm80", "blocks=1")
 CALLS = ("forward", "forward_with_state", "backward", "autograd", "decode", "inference", "function", "silu")
 
 any_case = st.one_of(

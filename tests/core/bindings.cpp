@@ -95,8 +95,6 @@ PYBIND11_MODULE(la2_core, m) {
       .def_readonly("pass_tokens", &la2::Plan::pass_tokens)
       .def_readonly("dot_floats", &la2::Plan::dot_floats)
       .def_readonly("predicted_us", &la2::Plan::predicted_us)
-      .def_property_readonly("clusters",
-                             [](const la2::Plan& p) { return std::make_tuple(p.clusters[0], p.clusters[1]); })
       .def_property_readonly("max_blocks",
                              [](const la2::Plan& p) { return std::make_tuple(p.max_blocks[0], p.max_blocks[1]); })
       .def_property_readonly("state_tiles",

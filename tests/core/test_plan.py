@@ -61,14 +61,13 @@ def test_plans_cover_and_fit(core, data):
             assert shared <= device.shared_per_block
         if plan.family == core.Family.sm90:
             assert device.compute_capability == 90 and tile.chunk == 64
-            # Whole clusters, and where blocks take turns, no more than the GPU holds.
-            cluster, most = plan.clusters[launch], plan.max_blocks[launch]
-            assert cluster in (1, 2, 4) and most % cluster == 0 and most <= device.num_sms
+            most = plan.max_blocks[launch]  # where they take turns: no more than the GPU holds
+            assert most <= device.num_sms
             assert (problem.packed or plan.in_one_pass) == (most == 0)
     if plan.in_one_pass:  # every block is resident, with one item
         assert plan.family != core.Family.simt and not problem.backward and plan.num_segments > 1
         blocks = plan.num_units * problem.heads * math.ceil(problem.dim_v / plan.tiles[0].slice)
-        assert blocks <= device.num_sms and plan.clusters[0] == 1
+        assert blocks <= device.num_sms
     if plan.is_fused:  # dv's columns are dk's contracted ones: one slice is all of either
         assert plan.tiles[0].slice >= problem.dim_k and plan.tiles[0].tile_a >= problem.dim_v
     if plan.family == core.Family.sm90 and plan.num_segments > 1:
@@ -232,15 +231,13 @@ def test_any_problem_text_is_a_problem_or_a_sentence(core, text):
         ("family=simt", "LA2_PLAN: family simt has no kernels for bf16, expected sm80"),
         ("family=sm70", "LA2_PLAN: family is 'sm70', expected simt, sm80 or sm90"),
         ("slice=96", "with slice 96"),
-        ("cluster=3", "LA2_PLAN: cluster is '3', expected 1, 2 or 4"),
         ("passes=2", "LA2_PLAN: passes is '2', expected 1 or 3"),
         ("passes=1,segments=64", "cut so that all blocks are resident"),
         ("segments=0", "LA2_PLAN: segments is '0', expected a positive whole number"),
         ("segments=2,segment_len=64", "LA2_PLAN: segments and segment_len both say how sequences are cut"),
         (
             "chunk=64",
-            "LA2_PLAN: unknown key 'chunk', expected family, slice, segments, segment_len, cluster, blocks, passes or "
-            "pieces",
+            "LA2_PLAN: unknown key 'chunk', expected family, slice, segments, segment_len, blocks, passes or pieces",
         ),
     ],
 )
@@ -416,7 +413,7 @@ def test_short_calls_take_the_kernels_that_start_soonest(core):
     short, long = core.problem("1,8,256,128,128,bf16,backward"), core.problem("4,32,4096,128,128,bf16,backward")
     assert core.plan(short, device).family == core.Family.sm80
     assert core.plan(long, device).family == core.Family.sm90
-    for forced in ("family=sm90", "cluster=1", "blocks=1"):
+    for forced in ("family=sm90", "blocks=1"):
         assert core.plan(short, device, forced).family == core.Family.sm90
 
 
@@ -442,15 +439,11 @@ def test_short_backwards_of_few_heads_are_cut_short(core):
     assert core.plan(core.problem("1,8,1024,128,128,bf16,backward"), device).segment_len <= 256
 
 
-def test_forwards_have_no_clusters(core):
-    """Up to D = E = 128 a cluster costs more than the copies that it shares."""
+def test_gradients_alone_have_slices_of_128_where_none_is_half(core):
     device = core.device("sm_90x132")
-    for text, cluster in (
-        ("1,64,8192,128,128,bf16", 1),
-        ("1,8,256,128,128,bf16", 1),
-        ("4,32,4096,256,256,bf16", 2),
-    ):
-        assert core.plan(core.problem(text), device, "family=sm90").clusters[0] == cluster
+    for dims, slices in (("128,256", (64, 128)), ("256,128", (128, 64)), ("64,256", (64, 128)), ("128,192", (64, 64))):
+        plan = core.plan(core.problem(f"4,32,4096,{dims},bf16,backward"), device)
+        assert tuple(tile.slice for tile in plan.tiles) == slices, dims
 
 
 def test_packed_plans_weigh_equal_lengths_and_one_long(core):
@@ -509,12 +502,11 @@ def test_golden_plans(core):
     [
         ("9223372036854775807,187,1,64,64,bf16", "sm_90x132", "", "batch times heads times length"),
         ("1,1,1,64,64,bf16,packed=9223372036854775807", "sm_90x132", "", "num_seqs times heads"),
-        ("1,8,4096,64,64,bf16", "sm_90x1", "family=sm90", "needs 8 multiprocessors"),
         ("1,8,4096,64,64,bf16", "sm_90x132", "segments=9223372036854775807", None),
     ],
 )
 def test_sizes_beyond_any_machine(core, problem, device, forced, sentence):
-    """Found by tests/fuzz: products and sums that left 64 bits, and a division by the clusters of a GPU too small."""
+    """Found by tests/fuzz: products and sums that left 64 bits."""
     if sentence is None:
         plan = core.plan(core.problem(problem), core.device(device), forced)
         assert plan.segment_len == 64 and plan.num_segments == 64

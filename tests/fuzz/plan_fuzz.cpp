@@ -9,10 +9,10 @@ using fuzz::Bytes;
 using fuzz::check;
 
 constexpr const char* kWords[] = {
-    "family=",  "slice=",  "segments=",   "cluster=", "simt", "sm80", "sm90",
-    "64",       "128",     "1",           "2",        ",",    "=",    "9223372036854775807",
-    "backward", "dslope",  "packed=",     "bf16",     "fp32", "fp64", "sm_90x132",
-    "-1",       "0",       "4096",        "x",        "sm_",  "7",    "1,8,4096,128,128,",
+    "family=",  "slice=",  "segments=",   "blocks=", "simt", "sm80", "sm90",
+    "64",       "128",     "1",           "2",       ",",    "=",    "9223372036854775807",
+    "backward", "dslope",  "packed=",     "bf16",    "fp32", "fp64", "sm_90x132",
+    "-1",       "0",       "4096",        "x",       "sm_",  "7",    "1,8,4096,128,128,",
     "passes=",  "pieces=", "segment_len="};
 
 std::string text(Bytes& in) {
@@ -32,7 +32,7 @@ std::string plan_text(Bytes& in) {
   std::string s;
   for (int64_t n = in.below(4); n > 0; --n) {
     constexpr const char* kParts[] = {"family=simt", "family=sm80", "family=sm90", "slice=64",      "slice=128",
-                                      "cluster=1",   "cluster=2",   "cluster=4",   "segments=1",    "segments=7",
+                                      "blocks=1",    "blocks=2",    "segments=2",  "segments=1",    "segments=7",
                                       "passes=1",    "passes=3",    "pieces=3",    "segment_len=96"};
     const uint8_t which = in.byte() % 16;
     s += (s.empty() ? "" : ",") + (which < 14 ? std::string(kParts[which]) : "segments=" + std::to_string(in.size()));
@@ -79,7 +79,7 @@ void check_plan(const Problem& p, const DeviceProps& d, const Plan& plan) {
     check(t.tile_a >= std::min(p.dim_k, p.dim_v), "tiles hold a contracted dim");
     if (plan.family == Family::kSm80)
       check(sm80_shared_bytes(t, p.slope_grad) <= d.shared_per_block, "the block fits into shared memory");
-    check(plan.clusters[i] >= 1 && plan.max_blocks[i] >= 0, "clusters and blocks are counts");
+    check(plan.max_blocks[i] >= 0, "blocks are a count");
   }
   check(plan.family != Family::kSm90 || (d.compute_capability == 90 && p.mappable && !p.slope_grad),
         "sm90 where it may");
@@ -88,7 +88,7 @@ void check_plan(const Problem& p, const DeviceProps& d, const Plan& plan) {
   if (plan.in_one_pass) {
     check(plan.family != Family::kSimt && !p.backward && !p.is_extend && !plan.takes_silu, "one pass where it may");
     const int64_t slices = p.dim_v / plan.tiles[0].slice + (p.dim_v % plan.tiles[0].slice != 0);
-    check(plan.num_segments > 1 && plan.clusters[0] == 1, "one pass of segments, without clusters");
+    check(plan.num_segments > 1, "one pass of segments");
     check(plan.num_units * p.heads * slices <= d.num_sms, "every block of one pass is resident");
   }
   check(plan.segment_len > 0 && plan.segment_len % 64 == 0, "segments are whole chunks");

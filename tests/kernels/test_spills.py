@@ -182,7 +182,9 @@ def test_plans_name_instances_that_exist(plan_line, instances, device):
                 wanted = {BOTH}
             else:
                 is_fused, has_dq = "dk and dv" in line, sm90_has(int(tile_a), int(size), DQ)
-                wanted = {DQ if has_dq else GRADIENT} if is_fused else {GRADIENT, DQ} if i == 0 and has_dq else {GRADIENT}
+                wanted = (
+                    {DQ if has_dq else GRADIENT} if is_fused else {GRADIENT, DQ} if i == 0 and has_dq else {GRADIENT}
+                )
             for kind in wanted:
                 needed = (dtype, int(tile_a), int(size), *kind)
                 assert needed in instances[family], f"{line} needs {needed} of {family}"

@@ -62,7 +62,7 @@ def test_tiny_prefill(monkeypatch, dtype, dims, size, segments):
 
 
 HOPPER_TINY = [(BF16, dims) for dims in ((64, 64), (128, 128), (64, 128), (128, 64), (192, 192), (256, 256))]
-HOPPER_TINY += [(FP16, (128, 128)), (FP16, (136, 192))]
+HOPPER_TINY += [(BF16, (128, 256)), (FP16, (256, 128)), (FP16, (128, 128)), (FP16, (136, 192))]
 
 
 def dense_and_packed(dims, dtype):
@@ -77,7 +77,7 @@ def dense_and_packed(dims, dtype):
 @pytest.mark.parametrize("plan", ("segments=1", "segments=3", "slice=64,segments=2", "segments=2,pieces=2"))
 @pytest.mark.parametrize("dtype, dims", HOPPER_TINY, ids=plan_id)
 def test_tiny_hopper_prefill(monkeypatch, dtype, dims, plan):
-    """The same for the Hopper kernels: every role, tails, packed neighbours, clusters, state and combine pass."""
+    """The same for the Hopper kernels: every role, tails, packed neighbours, state and combine pass."""
     monkeypatch.setenv("LA2_PLAN", f"family=sm90,{plan}")
     for x in dense_and_packed(dims, dtype):
         got = run(moved_to_gpu(x), need_dslope=False)

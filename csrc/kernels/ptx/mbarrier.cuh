@@ -9,7 +9,7 @@
 namespace la2::ptx {
 
 // A phase completes when `count` arrivals and all announced bytes are in. One thread initialises; the others, and the
-// copy engine, may use the barrier after mbarrier_init_fence and a barrier of the block (of the cluster).
+// copy engine, may use the barrier after mbarrier_init_fence and a barrier of the block.
 __device__ __forceinline__ void mbarrier_init(uint32_t barrier, int count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
 }
@@ -23,17 +23,6 @@ __device__ __forceinline__ void mbarrier_init_fence() {
 
 __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
-// The barrier at the same place in another block of the cluster. Without .release.cluster: that form costs a fence of
-// the whole GPU, and what is handed over here (a stage that was only read) needs none.
-__device__ __forceinline__ void mbarrier_arrive_remote(uint32_t barrier, uint32_t rank) {
-  asm volatile(
-      "{\n.reg .b32 remote;\n"
-      "mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(barrier),
-      "r"(rank)
-      : "memory");
 }
 
 // Arrives and announces bytes that copies will bring.

@@ -20,16 +20,6 @@ __device__ __forceinline__ void tma_load(uint32_t shared, const CUtensorMap* map
       : "memory");
 }
 
-// The same into every block of the cluster that is set in `mask`, at the same places of their shared memory.
-__device__ __forceinline__ void tma_load_multicast(uint32_t shared, const CUtensorMap* map, uint32_t barrier,
-                                                   TmaBox box, uint16_t mask) {
-  asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
-      "[%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(shared),
-      "l"(map), "r"(barrier), "r"(box.col), "r"(box.row), "r"(box.head), "r"(box.batch), "h"(mask)
-      : "memory");
-}
-
 // One thread copies `bytes` that lie together in global memory, a multiple of 16 at a multiple of 16.
 __device__ __forceinline__ void tma_load_bytes(uint32_t shared, const void* global, uint32_t bytes, uint32_t barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared),

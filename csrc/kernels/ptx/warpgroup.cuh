@@ -1,4 +1,4 @@
-// What warpgroups and clusters of sm_90 need besides their products: registers, barriers.
+// What warpgroups of sm_90 need besides their products: registers, barriers.
 #pragma once
 
 #include <stdint.h>
@@ -40,21 +40,6 @@ __device__ __forceinline__ bool elect_one() {
       "selp.u32 %0, 1, 0, elected;\n}"
       : "=r"(elected));
   return elected != 0;
-}
-
-__device__ __forceinline__ uint32_t cluster_rank() {
-  uint32_t rank;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
-__device__ __forceinline__ uint32_t cluster_size() {
-  uint32_t size;
-  asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
-  return size;
-}
-// All threads of all blocks of the cluster.
-__device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
 
 // A float of shared memory to all lanes of the warp, read by lane 0 alone.

@@ -148,7 +148,7 @@ __device__ __forceinline__ bool is_exact_at_last(const TrilinearParams& p) { ret
 template <class Cfg>
 __device__ __forceinline__ void carry_state(SharedStorage<Cfg>& smem, const TrilinearParams& p, const TrilinearJob& job,
                                             bool reads_previous) {
-  const Schedule<Cfg::kAlone, Cfg::kInCluster, Cfg::kHasTable> schedule(job);
+  const Schedule<Cfg::kAlone, Cfg::kHasTable> schedule(job);
   const WarpgroupLane me;
   const bool reverse = job.reverse;
   const float update = static_cast<float>(job.update);
@@ -172,9 +172,9 @@ __device__ __forceinline__ void carry_state(SharedStorage<Cfg>& smem, const Tril
         update_state<Cfg>(z, smem.stages[stage], smem, update, reverse, item.rows_of(item.chunk_at(step)),
                           step + 1 == item.num_chunks && is_exact_at_last(p), me);
       if (is_followed<Cfg>(p))
-        release_stage_by_all(smem.empty[ring.stage], schedule.cluster, me.lane);
+        ptx::mbarrier_arrive(shared_address(&smem.empty[ring.stage]));
       else
-        release_stage(smem.empty[ring.stage], schedule.cluster, me.lane);
+        release_stage(smem.empty[ring.stage], me.lane);
     }
     if (wants_state) store_leaving<Cfg>(z, job, item, me);
   }
@@ -188,7 +188,7 @@ __device__ __forceinline__ void carry_state_ahead(SharedStorage<Cfg>& smem, cons
                                                   const TrilinearJob& job, bool reads_previous, const States& states) {
   using T = typename Cfg::T;
   static_assert(Cfg::kSlice == 64 && !Cfg::kSplit);
-  const Schedule<Cfg::kAlone, Cfg::kInCluster, Cfg::kHasTable> schedule(job);
+  const Schedule<Cfg::kAlone, Cfg::kHasTable> schedule(job);
   const WarpgroupLane me;
   const bool reverse = job.reverse;
   const float update = static_cast<float>(job.update);
@@ -222,7 +222,7 @@ __device__ __forceinline__ void carry_state_ahead(SharedStorage<Cfg>& smem, cons
         load_columns(c, smem.stages[ring.stage].c, me);
         ptx::wgmma_wait<0>();
         ptx::pin_registers(sum);
-        release_stage(smem.empty[stage], schedule.cluster, me.lane);
+        release_stage(smem.empty[stage], me.lane);
         add_update(z[0], lambda_rows, sum);
       }
       const int stage = ptx::uniform(ring.stage);
@@ -240,7 +240,7 @@ __device__ __forceinline__ void carry_state_ahead(SharedStorage<Cfg>& smem, cons
           add_update(z[0], smem.powers.ascending()[rows], sum);
         }
       }
-      release_stage(smem.empty[stage], schedule.cluster, me.lane);
+      release_stage(smem.empty[stage], me.lane);
       ring.advance();
     }
     if (wants_state) store_leaving<Cfg>(z, job, item, me);

@@ -19,7 +19,7 @@ struct Config {
   static constexpr int kTileA = kTileA_, kSlice = kSlice_;
   static constexpr bool kSplit = kSplit_ != Split::kNone, kSplitsValues = kSplit_ == Split::kStateAndValues;
   static constexpr bool kBoth = kBoth_, kSilu = kSilu_;
-  static constexpr bool kAlone = false, kInCluster = !kBoth;  // one item to a block; shared copies (work.cuh)
+  static constexpr bool kAlone = false;                                // one item to a block (work.cuh)
   static constexpr bool kNeedsRange = std::is_same<T, __half>::value;  // 65504 ends it, and a state may not
 
   using TileA = tile::SwizzledTile<T, kChunk, kTileA>;
@@ -84,7 +84,7 @@ struct Stage {
 };
 
 // Arrivals: the copy engine's bytes and the producer (full, tail, full_a; with SiLU landed in place of full, where then
-// every thread arrives that takes it); of every block of the cluster each warp of the state warpgroup and of the output
+// every thread arrives that takes it); each warp of the state warpgroup and of the output
 // warpgroup whose chunk it is (empty), of the latter (empty_a); every warp of the state warpgroup (state_full), of the
 // chunk's output warpgroup (state_empty, staged); the warp that stores (stored).
 template <class Cfg>

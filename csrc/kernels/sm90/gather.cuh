@@ -45,7 +45,7 @@ struct GatherStage {
 };
 
 // Arrivals: the copy engine's bytes and the producer (full, tail; landed as of the trilinear kernel), every gatherer
-// warp of the cluster (empty).
+// warp (empty).
 template <class Cfg>
 struct GatherStorage {
   GatherStage<Cfg> stages[Cfg::kStages];
@@ -59,8 +59,8 @@ struct GatherStorage {
 
 // The schedule's items once for each piece of a segment, the pieces that every segment has first.
 template <bool kAlone, bool kHasTable>
-struct PieceSchedule : Schedule<kAlone, !kAlone, kHasTable> {
-  using Items = Schedule<kAlone, !kAlone, kHasTable>;
+struct PieceSchedule : Schedule<kAlone, kHasTable> {
+  using Items = Schedule<kAlone, kHasTable>;
   using Items::Items;
   __device__ int count(const TrilinearParams& params) const { return Items::count(params) * params.num_pieces; }
   __device__ int after(int index, const TrilinearParams& params) const {
@@ -122,8 +122,7 @@ __device__ __forceinline__ void produce(GatherStorage<Cfg>& smem, const Trilinea
       if (lane == 0) {
         const ptx::TmaBox box = item.box(chunk);
         ptx::mbarrier_arrive_expect(barrier, sizeof(GatherStage<Cfg>));
-        load_tile_shared<typename Cfg::TileA>(shared_address(&stage.b), &maps.b, barrier, box, schedule.rank(),
-                                              schedule.cluster);
+        load_tile<typename Cfg::TileA>(shared_address(&stage.b), &maps.b, barrier, box, 0);
         load_tile<typename Cfg::TileC>(shared_address(&stage.c), &maps.c, barrier, box, item.first_col);
       }
       if (clears) clear_tail(stage.b, stage.c, rows, barrier, full, ring.stage, tail_parities, lane);
@@ -208,7 +207,7 @@ __device__ __forceinline__ void gather(GatherStorage<Cfg>& smem, const Trilinear
       weigh(weighted, rest, smem.pair_weights, update, rows);
       update_rows<T, kSplit, kAtOnce>(z, weighted, rest, smem.stages[ptx::uniform(ring.stage)].b,
                                       powers.ascending()[rows], first_of_b);
-      release_stage(smem.empty[ring.stage], schedule.cluster, me.lane);
+      release_stage(smem.empty[ring.stage], me.lane);
     }
     if constexpr (Cfg::kByTwos) {
       // The weights are those of whole chunks. The only short ones are the last of a forward sweep, in the segment that
@@ -245,8 +244,8 @@ __device__ __forceinline__ void gather(GatherStorage<Cfg>& smem, const Trilinear
           ptx::pin_registers(sum);
           add_update(z, lambda_rows, sum, part * kPart);
         }
-        release_stage(smem.empty[earlier_stage], schedule.cluster, me.lane);
-        release_stage(smem.empty[later_stage], schedule.cluster, me.lane);
+        release_stage(smem.empty[earlier_stage], me.lane);
+        release_stage(smem.empty[later_stage], me.lane);
         ring.advance();
       }
     }
@@ -268,12 +267,12 @@ __device__ __forceinline__ void gather(GatherStorage<Cfg>& smem, const Trilinear
 
 // One thread.
 template <class Cfg>
-__device__ __forceinline__ void init_barriers(GatherStorage<Cfg>& smem, int cluster) {
+__device__ __forceinline__ void init_barriers(GatherStorage<Cfg>& smem) {
   for (int i = 0; i < Cfg::kStages; ++i) {
     ptx::mbarrier_init(shared_address(&smem.full[i]), Cfg::kSilu ? 32 * Cfg::kActivators : 1);
     ptx::mbarrier_init(shared_address(&smem.tail[i]), 1);
     if constexpr (Cfg::kSilu) ptx::mbarrier_init(shared_address(&smem.landed[i]), 1);
-    ptx::mbarrier_init(shared_address(&smem.empty[i]), 4 * Cfg::kGatherers * cluster);
+    ptx::mbarrier_init(shared_address(&smem.empty[i]), 4 * Cfg::kGatherers);
   }
   ptx::mbarrier_init_fence();
 }
@@ -287,14 +286,13 @@ __device__ __forceinline__ void invalidate_barriers(GatherStorage<Cfg>& smem) {
   }
 }
 
-// Grid: x = blocks of items, y = jobs; clusters as of the trilinear kernel.
+// Grid: x = blocks of items, y = jobs.
 template <class Cfg>
 __global__ void __launch_bounds__(Cfg::kThreads, 1)
     la2_gather_sm90_kernel(const __grid_constant__ TrilinearParams p, const __grid_constant__ TrilinearMaps maps) {
   extern __shared__ __align__(1024) char raw[];
   GatherStorage<Cfg>& smem = *reinterpret_cast<GatherStorage<Cfg>*>(raw);
   const TrilinearJob& job = p.jobs[blockIdx.y];
-  const int cluster = static_cast<int>(ptx::cluster_size());
   ptx::launch_dependents();
   if (Cfg::kHasTable && p.units != nullptr) {
     // Nothing is cut from here on, or there are no more units.
@@ -304,9 +302,8 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
       return;
     }
   }
-  if (threadIdx.x == 0) init_barriers(smem, cluster);
+  if (threadIdx.x == 0) init_barriers(smem);
   __syncthreads();
-  if (cluster > 1) ptx::cluster_sync();
 
   if (threadIdx.x >= 128 * (1 + Cfg::kActivatorGroups)) {
     if constexpr (Cfg::kMovesRegisters) ptx::registers_acquire<Cfg::kGathererRegisters>();
@@ -319,7 +316,6 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
       activate<Cfg>(smem, p, job, static_cast<int>(threadIdx.x) - 32);
     }
   }
-  if (cluster > 1) ptx::cluster_sync();
   // Whoever waits for this kernel has thereby waited for the one that it overlaps.
   ptx::wait_for_previous_kernel();
 }

@@ -39,11 +39,10 @@ cudaError_t make_maps(const TrilinearParams& params, DType dtype, const LaunchOp
   for (int i = 0; i < params.num_jobs; ++i) {
     const TrilinearJob& job = params.jobs[i];
     JobMaps& m = maps->jobs[i];
-    const int shared_rows = kChunk / options.cluster;
-    cudaError_t error = make_tensor_map(&m.b, job.b, s, dtype, job.dim_a, shared_rows);
+    cudaError_t error = make_tensor_map(&m.b, job.b, s, dtype, job.dim_a, kChunk);
     if (error == cudaSuccess) error = make_tensor_map(&m.c, job.c, s, dtype, job.dim_c, kChunk);
     if (!options.state_only) {
-      if (error == cudaSuccess) error = make_tensor_map(&m.a, job.a, s, dtype, job.dim_a, shared_rows);
+      if (error == cudaSuccess) error = make_tensor_map(&m.a, job.a, s, dtype, job.dim_a, kChunk);
       if (error == cudaSuccess) error = make_tensor_map(&m.out, job.out, s, dtype, job.dim_c, kRowsOfWarp);
     }
     if (error != cudaSuccess) return error;

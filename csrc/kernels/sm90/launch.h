@@ -10,7 +10,7 @@
 
 namespace la2::sm90 {
 
-// Tensor maps of a job's operands, boxes of [64 / cluster, 64] (a, b), [64, 64] (c) and [16, 64] (out).
+// Tensor maps of a job's operands, boxes of [64, 64] (a, b, c) and [16, 64] (out).
 struct JobMaps {
   CUtensorMap a, b, c, out;
 };
@@ -38,7 +38,6 @@ constexpr Split split_of(bool gradients) { return gradients ? Split::kStateAndVa
 inline Split split_of_dq(const Tile& tile) { return sm90_has_dq(tile) ? Split::kState : Split::kStateAndValues; }
 
 struct LaunchOptions {
-  int cluster = 1;              // slices of one head side by side in a cluster, which share the copies of a and b
   int64_t max_blocks = 0;       // of a job; a block takes every max_blocks-th item. 0: a block for each item
   bool state_only = false;      // gathers the segments' states into job.local; the main pass does everything else
   bool in_one_pass = false;     // all passes in one kernel, whose blocks are all resident: out in slices of 64

@@ -10,20 +10,18 @@
 
 namespace la2::sm90 {
 
-// Sets the jobs' by_slices. Blocks along x: whole clusters, as many as there are items or as options.max_blocks allows.
+// Sets the jobs' by_slices. Blocks along x: as many as there are items or as options.max_blocks allows.
 inline int64_t blocks_of_items(TrilinearParams& params, const LaunchOptions& options, int slice) {
-  int64_t groups = 0;
+  int64_t most_slices = 0;
   for (int i = 0; i < params.num_jobs; ++i) {
     const int64_t slices = (params.jobs[i].dim_c + slice - 1) / slice;
-    const int64_t needed = (slices + options.cluster - 1) / options.cluster;
-    params.jobs[i].by_slices = Division::by(needed > 0 ? needed : 1);
-    if (needed > groups) groups = needed;
+    params.jobs[i].by_slices = Division::by(slices > 0 ? slices : 1);
+    if (slices > most_slices) most_slices = slices;
   }
-  int64_t clusters = groups * params.sizes.heads * params.num_units * (options.state_only ? params.num_pieces : 1);
-  if (clusters > INT32_MAX) return clusters;  // items are counted in 32 bits: launch_kernel refuses
-  const int64_t most = options.max_blocks / options.cluster;
-  if (most > 0 && clusters > most) clusters = most;
-  return clusters * options.cluster;
+  const int64_t items =
+      most_slices * params.sizes.heads * params.num_units * (options.state_only ? params.num_pieces : 1);
+  if (items > INT32_MAX) return items;  // they are counted in 32 bits: launch_kernel refuses
+  return options.max_blocks > 0 && items > options.max_blocks ? options.max_blocks : items;
 }
 
 template <class Kernel, class... Args>
@@ -35,18 +33,13 @@ cudaError_t launch_kernel(Kernel kernel, int64_t blocks, int jobs, int threads, 
           cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
       error != cudaSuccess)
     return error;
-  cudaLaunchAttribute attributes[3];
+  cudaLaunchAttribute attributes[2];
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(jobs));
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   config.attrs = attributes;
-  if (options.cluster > 1) {
-    cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim = {static_cast<unsigned>(options.cluster), 1, 1};
-  }
   if (options.overlaps) {
     cudaLaunchAttribute& overlap = attributes[config.numAttrs++];
     overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;

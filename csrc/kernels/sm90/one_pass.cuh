@@ -20,7 +20,7 @@ constexpr bool kHasOnePass = !Cfg::kSplit && !Cfg::kSilu && Cfg::kSlice == 64 &&
 // Of a Config: the same for one item a block, none of a table, and its state pass.
 template <class Cfg>
 struct Alone : Cfg {
-  static constexpr bool kAlone = true, kInCluster = false, kHasTable = false;
+  static constexpr bool kAlone = true, kHasTable = false;
 };
 template <class Cfg>
 using GatherOf = GatherConfig<typename Cfg::T, Cfg::kTileA, Cfg::kSlice, Cfg::kSplit, false, true>;
@@ -35,7 +35,7 @@ union OnePassStorage {
 // Starts to fetch into L2 what the main pass will want and the state pass does not: a. One warp.
 template <class Cfg>
 __device__ __forceinline__ void prefetch_rows(const TrilinearParams& p, const TrilinearJob& job, const JobMaps& maps) {
-  const Schedule<Cfg::kAlone, Cfg::kInCluster, Cfg::kHasTable> schedule(job);
+  const Schedule<Cfg::kAlone, Cfg::kHasTable> schedule(job);
   const Item item = schedule.item(p, job, schedule.first(), Cfg::kSlice);
   if (!item.is_valid || threadIdx.x % 32 != 0) return;
   for (int step = 0; step < item.num_chunks; ++step) {
@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(Base::kThreads, 1)
   const bool combines = p.by_segments.divisor > kMostSegmentsAdded<Cfg>;  // no packed sequence has more either
 
   if (threadIdx.x == 0) {
-    init_barriers(smem.gather, 1);
+    init_barriers(smem.gather);
     ptx::tma_prefetch_map(&maps.jobs[0].b);
     ptx::tma_prefetch_map(&maps.jobs[0].c);
   }
@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(Base::kThreads, 1)
   const auto gathered = grid.barrier_arrive();
   if (threadIdx.x == 0) {
     invalidate_barriers(smem.gather);
-    init_barriers(smem.main, p, 1);
+    init_barriers(smem.main, p);
   }
   __syncthreads();
   if (combines) {

@@ -39,9 +39,9 @@ __device__ __forceinline__ void take_a(HeldRows<typename Cfg::TileA>& held, cons
   held.load(smem.a[ring.stage], me);
 }
 template <class Cfg>
-__device__ __forceinline__ void give_back_a(SharedStorage<Cfg>& smem, Ring<Cfg::kStagesOfA>& ring, int cluster,
+__device__ __forceinline__ void give_back_a(SharedStorage<Cfg>& smem, Ring<Cfg::kStagesOfA>& ring,
                                             const WarpgroupLane& me) {
-  release_stage(smem.empty_a[ring.stage], cluster, me.lane);
+  release_stage(smem.empty_a[ring.stage], me.lane);
   ring.advance();
 }
 
@@ -92,7 +92,7 @@ template <class Cfg>
 __device__ __forceinline__ void write_outputs(SharedStorage<Cfg>& smem, const TrilinearParams& p,
                                               const TrilinearJob& job, const JobMaps& maps) {
   using T = typename Cfg::T;
-  const Schedule<Cfg::kAlone, Cfg::kInCluster, Cfg::kHasTable> schedule(job);
+  const Schedule<Cfg::kAlone, Cfg::kHasTable> schedule(job);
   const WarpgroupLane me;
   const bool reverse = job.reverse;
   const bool is_packed = p.cu_seqlens.data != nullptr;
@@ -115,7 +115,7 @@ __device__ __forceinline__ void write_outputs(SharedStorage<Cfg>& smem, const Tr
     ptx::mbarrier_wait(shared_address(&smem.full[ring.stage]), ring.parity);
     if constexpr (Cfg::kHoldsA && Cfg::kStagesOfA == 0) held.load(smem.stages[ring.stage].a[0], me);
     issue_scores<T>(scores, rows_of_a(held, smem.stages[ring.stage]), smem.stages[ring.stage].b);
-    if constexpr (Cfg::kStagesOfA > 0) give_back_a(smem, ring_of_a, schedule.cluster, me);
+    if constexpr (Cfg::kStagesOfA > 0) give_back_a(smem, ring_of_a, me);
     ptx::wgmma_wait<0>();
     ptx::pin_registers(scores);
     for (int step = 0; step < item.num_chunks; ++step) {
@@ -141,17 +141,17 @@ __device__ __forceinline__ void write_outputs(SharedStorage<Cfg>& smem, const Tr
       const Stage<Cfg>& next = smem.stages[ptx::uniform(has_next ? ring.stage : stage)];
       issue_scores<T>(scores, rows_of_a(held, next), next.b);
       if constexpr (Cfg::kStagesOfA > 0)
-        if (has_next) give_back_a(smem, ring_of_a, schedule.cluster, me);
+        if (has_next) give_back_a(smem, ring_of_a, me);
       ptx::wgmma_wait<1>();
       ptx::pin_registers(out);
-      if (has_next) release_stage(smem.empty[stage], schedule.cluster, me.lane);
+      if (has_next) release_stage(smem.empty[stage], me.lane);
 
       stage_out<T>(smem.out[0], out, me);
       ptx::wgmma_wait<0>();
       ptx::pin_registers(scores);
       ptx::fence_proxy_async();
       store_staged<T>(smem.out[0], maps.out, job, item, chunk, is_packed, me.warp * 16, me.lane);
-      if (!has_next) release_stage(smem.empty[stage], schedule.cluster, me.lane);
+      if (!has_next) release_stage(smem.empty[stage], me.lane);
     }
   }
   if (ptx::elect_one()) ptx::tma_store_wait();  // the lane that committed them
@@ -163,7 +163,7 @@ __device__ __forceinline__ void write_outputs_in_turns(SharedStorage<Cfg>& smem,
                                                        const TrilinearJob& job, const JobMaps& maps, int group,
                                                        const States& states) {
   using T = typename Cfg::T;
-  const Schedule<Cfg::kAlone, Cfg::kInCluster, Cfg::kHasTable> schedule(job);
+  const Schedule<Cfg::kAlone, Cfg::kHasTable> schedule(job);
   const WarpgroupLane me;
   const bool reverse = job.reverse;
   const bool is_packed = p.cu_seqlens.data != nullptr;
@@ -202,7 +202,7 @@ __device__ __forceinline__ void write_outputs_in_turns(SharedStorage<Cfg>& smem,
       issue_intra<T, false>(out, masked, masked, stage.c);
       ptx::wgmma_wait<0>();
       ptx::pin_registers(out);
-      release_stage(smem.empty[stage_idx], schedule.cluster, me.lane);
+      release_stage(smem.empty[stage_idx], me.lane);
       stage_out<T>(smem.out[group], out, me);
       ptx::fence_proxy_async();
       store_staged<T>(smem.out[group], maps.out, job, item, chunk, is_packed, me.warp * 16, me.lane);
@@ -218,7 +218,7 @@ template <class Cfg>
 __device__ __forceinline__ void write_both_outputs(SharedStorage<Cfg>& smem, const TrilinearParams& p) {
   using T = typename Cfg::T;
   const TrilinearJob& first = p.jobs[0];
-  const Schedule<Cfg::kAlone, Cfg::kInCluster, Cfg::kHasTable> schedule(first);
+  const Schedule<Cfg::kAlone, Cfg::kHasTable> schedule(first);
   const WarpgroupLane me;
   constexpr bool reverse = true;  // the pair is dk and dv
   const float inter = static_cast<float>(first.inter), intra = static_cast<float>(first.intra);
@@ -300,7 +300,7 @@ __device__ __forceinline__ void write_both_outputs(SharedStorage<Cfg>& smem, con
       issue_scores<T>(scores, rows_operand(next.a[0]), next.b);
       ptx::wgmma_wait<1>();
       ptx::pin_registers(second_out);
-      if (has_next) release_stage(smem.empty[stage_idx], schedule.cluster, me.lane);
+      if (has_next) release_stage(smem.empty[stage_idx], me.lane);
       if (has_next) ptx::mbarrier_wait(shared_address(&smem.state_full[state_ring.stage]), state_ring.parity);
       const int next_state = ptx::uniform(has_next ? state_ring.stage : state);
       issue_inter<T, tile::RowsOperand>(out, rows_operand(next.a[0]), smem.state[next_state]);
@@ -309,7 +309,7 @@ __device__ __forceinline__ void write_both_outputs(SharedStorage<Cfg>& smem, con
       issue_scores<T>(second_scores, rows_operand(next.second_a[0]), next.c);
       issue_inter<T, tile::ColumnsOperand>(second_out, rows_operand(next.second_a[0]), smem.state[next_state]);
       receive(scores, second_scores, item.chunk_at(has_next ? step + 1 : step), next_state, has_next);
-      if (!has_next) release_stage(smem.empty[stage_idx], schedule.cluster, me.lane);
+      if (!has_next) release_stage(smem.empty[stage_idx], me.lane);
     }
   }
 }
@@ -319,7 +319,7 @@ template <class Cfg, class Tile>
 __device__ __forceinline__ void store_output(SharedStorage<Cfg>& smem, const Tile (&staging)[1],
                                              const TrilinearParams& p, const TrilinearJob& walked,
                                              const TrilinearJob& job, const CUtensorMap& map, int which) {
-  const Schedule<Cfg::kAlone, Cfg::kInCluster, Cfg::kHasTable> schedule(walked);
+  const Schedule<Cfg::kAlone, Cfg::kHasTable> schedule(walked);
   const int lane = threadIdx.x % 32;
   const bool is_packed = p.cu_seqlens.data != nullptr;
   Ring<1> ring;

@@ -331,20 +331,9 @@ __device__ __forceinline__ float largest_of_warp(const Accumulators<kRegs>& z, f
 }
 
 // This warp is done with a stage: one lane arrives for all.
-__device__ __forceinline__ void release_stage(uint64_t& empty, int cluster, int lane) {
+__device__ __forceinline__ void release_stage(uint64_t& empty, int lane) {
   __syncwarp();
-  if (cluster == 1) {
-    if (lane == 0) ptx::mbarrier_arrive(shared_address(&empty));
-  } else if (lane < cluster) {
-    ptx::mbarrier_arrive_remote(shared_address(&empty), lane);
-  }
-}
-// The same with 31 arrivals more in its own block. Lanes need not meet: what the other blocks overwrite is read by
-// wgmma alone, for which the warp has waited as one.
-__device__ __forceinline__ void release_stage_by_all(uint64_t& empty, int cluster, int lane) {
-  ptx::mbarrier_arrive(shared_address(&empty));
-  if (lane < cluster && lane != static_cast<int>(ptx::cluster_rank()))
-    ptx::mbarrier_arrive_remote(shared_address(&empty), lane);
+  if (lane == 0) ptx::mbarrier_arrive(shared_address(&empty));
 }
 
 }  // namespace la2::sm90

@@ -14,7 +14,7 @@ namespace la2::sm90 {
 template <class Cfg, class States>
 __device__ __forceinline__ void produce(SharedStorage<Cfg>& smem, const TrilinearParams& p, const TrilinearJob& job,
                                         const JobMaps* maps, const States& states) {
-  const Schedule<Cfg::kAlone, Cfg::kInCluster, Cfg::kHasTable> schedule(job);
+  const Schedule<Cfg::kAlone, Cfg::kHasTable> schedule(job);
   const int lane = threadIdx.x % 32;
   Ring<Cfg::kStages> ring;
   uint32_t tail_parities = 0;
@@ -32,11 +32,9 @@ __device__ __forceinline__ void produce(SharedStorage<Cfg>& smem, const Trilinea
       if (lane == 0) {
         const ptx::TmaBox box = item.box(chunk);
         ptx::mbarrier_arrive_expect(barrier, sizeof(Stage<Cfg>));
-        load_tile_shared<typename Cfg::TileA>(shared_address(&stage.b), &maps->b, barrier, box, schedule.rank(),
-                                              schedule.cluster);
+        load_tile<typename Cfg::TileA>(shared_address(&stage.b), &maps->b, barrier, box, 0);
         if constexpr (Cfg::kStagesOfA == 0)
-          load_tile_shared<typename Cfg::TileA>(shared_address(&stage.a[0]), &maps->a, barrier, box, schedule.rank(),
-                                                schedule.cluster);
+          load_tile<typename Cfg::TileA>(shared_address(&stage.a[0]), &maps->a, barrier, box, 0);
         load_tile<typename Cfg::TileC>(shared_address(&stage.c), &maps->c, barrier, box, item.first_col);
         if constexpr (Cfg::kBoth)
           load_tile<typename Cfg::TileC>(shared_address(&stage.second_a[0]), &maps[1].a, barrier, box, 0);
@@ -52,7 +50,7 @@ __device__ __forceinline__ void produce(SharedStorage<Cfg>& smem, const Trilinea
 template <class Cfg>
 __device__ __forceinline__ void activate(SharedStorage<Cfg>& smem, const TrilinearParams& p, const TrilinearJob& job,
                                          int thread) {
-  const Schedule<Cfg::kAlone, Cfg::kInCluster, Cfg::kHasTable> schedule(job);
+  const Schedule<Cfg::kAlone, Cfg::kHasTable> schedule(job);
   const int silu = job.silu;
   Ring<Cfg::kStages> ring;
   for (int index = schedule.first(); index < schedule.count(p); index = schedule.after(index, p)) {
@@ -69,7 +67,7 @@ __device__ __forceinline__ void activate(SharedStorage<Cfg>& smem, const Triline
 // A warp without a role, where all threads of a block wait for the states of its one item.
 template <class Cfg, class States>
 __device__ __forceinline__ void wait_idly(const TrilinearParams& p, const TrilinearJob& job, const States& states) {
-  const Schedule<Cfg::kAlone, Cfg::kInCluster, Cfg::kHasTable> schedule(job);
+  const Schedule<Cfg::kAlone, Cfg::kHasTable> schedule(job);
   const Item item = schedule.item(p, job, schedule.first(), Cfg::kSlice);
   if (item.is_valid) states.wait(item);
 }
@@ -78,7 +76,7 @@ __device__ __forceinline__ void wait_idly(const TrilinearParams& p, const Trilin
 template <class Cfg>
 __device__ __forceinline__ void produce_a(SharedStorage<Cfg>& smem, const TrilinearParams& p, const TrilinearJob& job,
                                           const CUtensorMap& map) {
-  const Schedule<Cfg::kAlone, Cfg::kInCluster, Cfg::kHasTable> schedule(job);
+  const Schedule<Cfg::kAlone, Cfg::kHasTable> schedule(job);
   Ring<Cfg::kStagesOfA> ring;
   for (int index = schedule.first(); index < schedule.count(p); index = schedule.after(index, p)) {
     const Item item = schedule.item(p, job, index, Cfg::kSlice);
@@ -88,8 +86,7 @@ __device__ __forceinline__ void produce_a(SharedStorage<Cfg>& smem, const Trilin
       ptx::mbarrier_wait(shared_address(&smem.empty_a[ring.stage]), ring.parity ^ 1);
       if (threadIdx.x % 32 != 0) continue;
       ptx::mbarrier_arrive_expect(full, Cfg::TileA::kBytes);
-      load_tile_shared<typename Cfg::TileA>(shared_address(&smem.a[ring.stage]), &map, full,
-                                            item.box(item.chunk_at(step)), schedule.rank(), schedule.cluster);
+      load_tile<typename Cfg::TileA>(shared_address(&smem.a[ring.stage]), &map, full, item.box(item.chunk_at(step)), 0);
     }
   }
 }
@@ -98,7 +95,7 @@ __device__ __forceinline__ void produce_a(SharedStorage<Cfg>& smem, const Trilin
 
 // One thread.
 template <class Cfg>
-__device__ __forceinline__ void init_barriers(SharedStorage<Cfg>& smem, const TrilinearParams& p, int cluster) {
+__device__ __forceinline__ void init_barriers(SharedStorage<Cfg>& smem, const TrilinearParams& p) {
   constexpr int kWarpsOfRole = 4;
   constexpr int kConsumerWarps = 2 * kWarpsOfRole;  // of a chunk
   const int more = is_followed<Cfg>(p) ? 31 * kWarpsOfRole : 0;
@@ -106,11 +103,11 @@ __device__ __forceinline__ void init_barriers(SharedStorage<Cfg>& smem, const Tr
     ptx::mbarrier_init(shared_address(&smem.full[i]), Cfg::kSilu ? 32 * Cfg::kActivators : 1);
     ptx::mbarrier_init(shared_address(&smem.tail[i]), 1);
     if constexpr (Cfg::kSilu) ptx::mbarrier_init(shared_address(&smem.landed[i]), 1);
-    ptx::mbarrier_init(shared_address(&smem.empty[i]), kConsumerWarps * cluster + more);
+    ptx::mbarrier_init(shared_address(&smem.empty[i]), kConsumerWarps + more);
   }
   for (int i = 0; i < Cfg::kStagesOfA; ++i) {
     ptx::mbarrier_init(shared_address(&smem.full_a[i]), 1);
-    ptx::mbarrier_init(shared_address(&smem.empty_a[i]), kWarpsOfRole * cluster);
+    ptx::mbarrier_init(shared_address(&smem.empty_a[i]), kWarpsOfRole);
   }
   for (int i = 0; i < Cfg::kStateBuffers; ++i) {
     ptx::mbarrier_init(shared_address(&smem.state_full[i]), kWarpsOfRole);
@@ -160,8 +157,7 @@ __device__ __forceinline__ void run_roles(SharedStorage<Cfg>& smem, const Trilin
   }
 }
 
-// A block (or a cluster, whose blocks have neighbouring slices of Dc and share the copies of a and b) walks its items,
-// each a segment of a sequence for one head.
+// A block walks its items, each a segment of a sequence for one head and slice of Dc.
 // reads_previous: the kernel before this one wrote job.local.
 //
 // Grid: x = blocks of items, y = jobs. Three warpgroups, or four where outputs take turns or SiLU is taken; chunk i:
@@ -185,9 +181,8 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
   SharedStorage<Cfg>& smem = *reinterpret_cast<SharedStorage<Cfg>*>(raw);
   const TrilinearJob& job = p.jobs[blockIdx.y];
   const JobMaps* job_maps = &maps.jobs[blockIdx.y];
-  const int cluster = static_cast<int>(ptx::cluster_size());
   if (Cfg::kHasTable && p.units != nullptr) {
-    const UnitEntry& first = Schedule<Cfg::kAlone, Cfg::kInCluster, Cfg::kHasTable>(job).first_entry(p);
+    const UnitEntry& first = Schedule<Cfg::kAlone, Cfg::kHasTable>(job).first_entry(p);
     if (first.segment < 0) {  // more blocks than the device found units for: nothing to do
       if (blockIdx.x == 0) ptx::wait_for_previous_kernel();  // as below
       return;
@@ -195,7 +190,7 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
   }
 
   if (threadIdx.x == 0) {
-    init_barriers(smem, p, cluster);
+    init_barriers(smem, p);
     ptx::tma_prefetch_map(&job_maps->b);
     ptx::tma_prefetch_map(&job_maps->c);
   }
@@ -203,12 +198,9 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
   // What is launched behind a gradient reads states as well, and does not wait for them itself.
   if (Cfg::kSplit && reads_previous) ptx::wait_for_previous_kernel();
   ptx::launch_dependents();
-  if (cluster > 1) ptx::cluster_sync();
 
   using States = std::conditional_t<Cfg::kTakesTurns, StatesOfSegments, CombinedStates>;
   run_roles(smem, p, job, job_maps, reads_previous, States());
-  // A block may not go while others of its cluster still copy to it or arrive at its barriers.
-  if (ptx::cluster_size() > 1) ptx::cluster_sync();
   // Whoever waits for this kernel has thereby waited for the one that it overlaps.
   ptx::wait_for_previous_kernel();
 }

@@ -34,43 +34,29 @@ struct Item {
   __device__ ptx::TmaBox box(int chunk) const { return {0, row_begin + chunk * kChunk, head, batch}; }
 };
 
-// How many blocks work on neighbouring slices of a head side by side.
-template <bool kInCluster>
-struct Cluster {
-  const int cluster = static_cast<int>(ptx::cluster_size());  // 1, 2 or 4
-  __device__ int rank() const { return static_cast<int>(ptx::cluster_rank()); }
-};
-template <>
-struct Cluster<false> {
-  static constexpr int cluster = 1;
-  __device__ int rank() const { return 0; }
-};
-
 // Where the items of this block's job are, and in which order it takes them. What only every item asks for is computed
 // anew each time: consumers have no registers to keep it. kAlone: a block has one item.
-// kInCluster: it may be one of a cluster. kHasTable: units may come from a table; no gradient's do.
-template <bool kAlone, bool kInCluster = !kAlone, bool kHasTable = false>
-struct Schedule : Cluster<kInCluster> {
-  using Cluster<kInCluster>::cluster;
-  const Division& by_groups;  // of slices, a cluster each
+// kHasTable: units may come from a table; no gradient's do.
+template <bool kAlone, bool kHasTable>
+struct Schedule {
+  const Division& by_slices;
 
-  __device__ explicit Schedule(const TrilinearJob& job) : by_groups(job.by_slices) {}
+  __device__ explicit Schedule(const TrilinearJob& job) : by_slices(job.by_slices) {}
 
   // Opaque: else what one pass computes of an item would be kept for the next.
   __device__ int first() const {
     const int block = static_cast<int>(blockIdx.x);
-    return clusters_of(kAlone ? ptx::opaque(block) : block);
+    return kAlone ? ptx::opaque(block) : block;
   }
   __device__ int after(int index, const TrilinearParams& params) const {
-    return kAlone ? count(params) : index + clusters_of(static_cast<int>(gridDim.x));
+    return kAlone ? count(params) : index + static_cast<int>(gridDim.x);
   }
   // The launch has seen to it that this fits.
   __device__ int count(const TrilinearParams& params) const {
     return static_cast<int>(params.num_units) * static_cast<int>(params.sizes.heads) *
-           static_cast<int>(by_groups.divisor);
+           static_cast<int>(by_slices.divisor);
   }
-  __device__ int clusters_of(int blocks) const { return blocks >> (__ffs(cluster) - 1); }
-  __device__ int unit_and_head(int index) const { return by_groups.small_quotient(index); }
+  __device__ int unit_and_head(int index) const { return by_slices.small_quotient(index); }
 
   // Of a table of units: the one that this block begins with.
   __device__ const UnitEntry& first_entry(const TrilinearParams& params) const {
@@ -92,7 +78,7 @@ struct Schedule : Cluster<kInCluster> {
     item.head = both - unit_idx * heads;
     item.row_begin = static_cast<int>(unit.row_begin);
     item.length = static_cast<int>(unit.length);
-    item.first_col = ((index - both * static_cast<int>(by_groups.divisor)) * cluster + this->rank()) * slice_cols;
+    item.first_col = (index - both * static_cast<int>(by_slices.divisor)) * slice_cols;
     item.num_chunks = (item.length + kChunk - 1) / kChunk;
     item.is_valid = unit.valid;
     item.reverse = job.reverse;
@@ -125,23 +111,6 @@ __device__ __forceinline__ void load_tile(uint32_t tile, const CUtensorMap* map,
     ptx::tma_load(tile + block * Tile::kBlockBytes, map, barrier, box);
 }
 
-// The same of a tile that every block of the cluster wants: each block copies its share of the rows to all of them.
-// The map's boxes have 64 / cluster rows.
-template <class Tile>
-__device__ __forceinline__ void load_tile_shared(uint32_t tile, const CUtensorMap* map, uint32_t barrier,
-                                                 ptx::TmaBox box, int rank, int cluster) {
-  if (cluster == 1) {
-    load_tile<Tile>(tile, map, barrier, box, 0);
-    return;
-  }
-  const int rows = kChunk / cluster;
-  box.row += rank * rows;
-#pragma unroll
-  for (int block = 0; block < Tile::kBlocks; ++block, box.col += 64)
-    ptx::tma_load_multicast(tile + block * Tile::kBlockBytes + rank * rows * 128, map, barrier, box,
-                            static_cast<uint16_t>((1 << cluster) - 1));
-}
-
 __device__ static const uint4 kZeros[kChunk * 128 / 16] = {};  // a block of 64 rows
 
 // Zeros to rows [rows, 64) of a tile, by the copy engine: behind the end of a packed sequence stands the next one.
@@ -154,8 +123,7 @@ __device__ __forceinline__ void clear_rows(uint32_t tile, int rows, uint32_t bar
 
 // A chunk whose copy announced itself at `arrived` has no more than `rows` rows: the rest of what is summed over tokens
 // is cleared, which arrives at `full`. One warp. A barrier `arrived` for each stage, whose parity is bit `stage` of
-// `parities`: with one for all, the other block of a cluster could be a chunk ahead, and its bytes would count for
-// those that this one still waits for.
+// `parities`.
 template <class TileB, class TileC>
 __device__ __forceinline__ void clear_tail(TileB& b, TileC& c, int rows, uint32_t arrived, uint32_t full, int stage,
                                            uint32_t& parities, int lane) {

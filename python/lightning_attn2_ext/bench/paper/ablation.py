@@ -1,4 +1,4 @@
-"""(d) Ablation: block size, intra-block and inter-block work, plans (slices, segments, clusters, families), states and
+"""(d) Ablation: block size, intra-block and inter-block work, plans (slices, segments, families), states and
 dtypes.
 
 The block of a CUDA kernel is fixed by its tile (64 tokens, 32 where the contracted dim is above 128), so what the block
@@ -23,7 +23,7 @@ LETTER, TITLE = "d", "Ablation"
 CHUNKS = (16, 32, 64, 128, 256, 512, 1024)
 PLANS = (
     "", "segments=1", "segments=2", "segments=4", "segments=8", "segments=16", "segments=32", "slice=64", "slice=128",
-    "cluster=1", "cluster=2", "family=sm80",
+    "family=sm80",
 )  # fmt: skip
 SLICE_PLANS = ("", "slice=64", "slice=128")
 STATES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
