@@ -40,7 +40,7 @@ constexpr int kMostLanes = 256;  // what simt/extend.h has room for
 // forward: launch 0 computes out. backward: launch 0 computes dq and dk (Da = E, Dc = D) and, where the tiles
 // agree, dv (Da = D, Dc = E); else launch 1 computes dv. sm90 backward: launch 0 computes dk and dv together, which
 // share a state, and launch 1 dq, if is_fused; else as the others, dv always in launch 1, and launch 0 is two kernels,
-// dq's and dk's.
+// dq's and dk's; slices of 128 then are of the launches that have them.
 struct Plan {
   Family family = Family::kSm80;
   int num_launches = 0;

@@ -78,8 +78,8 @@ double state_us(const Problem& p, const Sm90Cost& cost) {
   return p.silu ? std::max(cost.state_only, kSiluStateUs * elements) : cost.state_only;
 }
 
-// Where dq, dk and dv go alone: 128 columns, if that is wanted, a state of 128 rows and more fits, and no half of a
-// slice would be left over. ((4,32,4096), E = 192, D = 128: dv in three slices of 64 or two of 128, the whole backward
+// Where dq, dk and dv go alone: 128 columns, if that is wanted, Da is at most 128, so that the state fits, and no slice
+// would be half empty. ((4,32,4096), E = 192, D = 128: dv in three slices of 64 or two of 128, the whole backward
 // 764 and 816 us; E = 256: 969 and 934.)
 int slice_of_gradients(int wanted, int64_t dim_a, int64_t dim_c) {
   return wanted == 128 && tile_for(dim_a) <= 128 && ceil_div(dim_c, 64) % 2 == 0 ? 128 : 64;

@@ -503,6 +503,7 @@ def test_golden_plans(core):
         ("9223372036854775807,187,1,64,64,bf16", "sm_90x132", "", "batch times heads times length"),
         ("1,1,1,64,64,bf16,packed=9223372036854775807", "sm_90x132", "", "num_seqs times heads"),
         ("1,8,4096,64,64,bf16", "sm_90x132", "segments=9223372036854775807", None),
+        ("1,8,4096,64,64,bf16", "sm_90x1", "family=sm90,segments=64", None),
     ],
 )
 def test_sizes_beyond_any_machine(core, problem, device, forced, sentence):

@@ -84,9 +84,9 @@ struct Stage {
 };
 
 // Arrivals: the copy engine's bytes and the producer (full, tail, full_a; with SiLU landed in place of full, where then
-// every thread arrives that takes it); each warp of the state warpgroup and of the output
-// warpgroup whose chunk it is (empty), of the latter (empty_a); every warp of the state warpgroup (state_full), of the
-// chunk's output warpgroup (state_empty, staged); the warp that stores (stored).
+// every thread arrives that takes it); each warp of the state warpgroup and of the output warpgroup whose chunk it is
+// (empty), of the latter (empty_a); every warp of the state warpgroup (state_full), of the chunk's output warpgroup
+// (state_empty, staged); the warp that stores (stored).
 template <class Cfg>
 struct SharedStorage {
   Stage<Cfg> stages[Cfg::kStages];

@@ -18,7 +18,8 @@ cudaError_t LA2_INSTANCE_FUNCTION(LA2_INSTANCE_NAME)(const TrilinearParams& give
   constexpr int kMostShared = 227 * 1024;  // of a block of compute capability 9.0
   using Cfg = Config<LA2_DTYPE, LA2_TILE_A, LA2_SLICE, LA2_SPLIT, LA2_PAIR, LA2_SILU>;
   TrilinearParams params = given;
-  const int64_t blocks = blocks_of_items(params, options, Cfg::kSlice);
+  const int walked_jobs = Cfg::kBoth ? 1 : params.num_jobs;
+  const int64_t blocks = blocks_of_items(params, options, Cfg::kSlice, walked_jobs);
   if (options.state_only) {
     using Gather = GatherConfig<LA2_DTYPE, LA2_TILE_A, LA2_SLICE, Cfg::kSplit, LA2_SILU>;
     static_assert(sizeof(GatherStorage<Gather>) <= kMostShared);
@@ -36,8 +37,8 @@ cudaError_t LA2_INSTANCE_FUNCTION(LA2_INSTANCE_NAME)(const TrilinearParams& give
     }
     return cudaErrorInvalidDeviceFunction;
   }
-  return launch_kernel(la2_trilinear_sm90_kernel<Cfg>, blocks, Cfg::kBoth ? 1 : params.num_jobs, Cfg::kThreads,
-                       sizeof(SharedStorage<Cfg>), options, stream, params, maps, options.reads_previous);
+  return launch_kernel(la2_trilinear_sm90_kernel<Cfg>, blocks, walked_jobs, Cfg::kThreads, sizeof(SharedStorage<Cfg>),
+                       options, stream, params, maps, options.reads_previous);
 }
 
 }  // namespace la2::sm90

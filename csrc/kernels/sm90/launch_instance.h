@@ -10,13 +10,14 @@
 
 namespace la2::sm90 {
 
-// Sets the jobs' by_slices. Blocks along x: as many as there are items or as options.max_blocks allows.
-inline int64_t blocks_of_items(TrilinearParams& params, const LaunchOptions& options, int slice) {
+// Sets the jobs' by_slices. Blocks along x, for the first walked_jobs of them: as many as there are items or as
+// options.max_blocks allows.
+inline int64_t blocks_of_items(TrilinearParams& params, const LaunchOptions& options, int slice, int walked_jobs) {
   int64_t most_slices = 0;
   for (int i = 0; i < params.num_jobs; ++i) {
     const int64_t slices = (params.jobs[i].dim_c + slice - 1) / slice;
     params.jobs[i].by_slices = Division::by(slices > 0 ? slices : 1);
-    if (slices > most_slices) most_slices = slices;
+    if (i < walked_jobs && slices > most_slices) most_slices = slices;
   }
   const int64_t items =
       most_slices * params.sizes.heads * params.num_units * (options.state_only ? params.num_pieces : 1);

@@ -1,5 +1,4 @@
-"""(d) Ablation: block size, intra-block and inter-block work, plans (slices, segments, families), states and
-dtypes.
+"""(d) Ablation: block size, intra-block and inter-block work, plans (slices, segments, families), states and dtypes.
 
 The block of a CUDA kernel is fixed by its tile (64 tokens, 32 where the contracted dim is above 128), so what the block
 size does to time and error is shown with the same mathematics in plain PyTorch, and the kernels' own freedom with
