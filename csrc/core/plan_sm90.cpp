@@ -10,10 +10,10 @@ namespace {
 constexpr int kChunk = 64;
 
 // Microseconds a chunk of one block takes on its SM while others idle, on one H200 (`bench calibrate`). Not measured
-// but set between what is: the gradients but for tile 64, slice 64, whose time has the wait for dk and dv in it, the
-// split state pass of tile 128, slice 64, and the state passes of tile 192. Out of tiles 64 and 128 in slices of 64 is
-// fitted to uncut forwards, and what tiles 192 and 256 have of their own, but for state_only, to 19 calls of those dims
-// (csrc/kernels/DESIGN.md, "The planner against the clock").
+// but set between what is: the gradients of tile 128 and of tile 64 in slices of 128 (in slices of 64 the wait for dk
+// and dv is in it), the split state pass of tile 128, slice 64, and the state passes of tile 192. Out of tiles 64 and
+// 128 in slices of 64 is fitted to uncut forwards; gradients of tiles 192 and 256, and out and the split state pass of
+// 256, to 19 calls of those dims (csrc/kernels/DESIGN.md, "The planner against the clock").
 struct Sm90Cost {
   int tile_a, slice;
   double out, gradient, state_only, state_only_split;
@@ -63,11 +63,9 @@ const Sm90Cost* find(int tile_a, int slice) {
   return nullptr;
 }
 
-// Of dk or dv where each is computed alone, and of dq beside them.
-double gradient_us(const Sm90Cost& cost, bool is_dq) {
-  if (!is_dq) return cost.gradient * (cost.slice == 128 ? kValues128 : 1.0);
-  return cost.gradient * (cost.tile_a > 128 ? kDqOfWideTiles : 1.0);
-}
+double dq_us(const Sm90Cost& cost) { return cost.gradient * (cost.tile_a > 128 ? kDqOfWideTiles : 1.0); }
+// Of dk or dv, each alone.
+double dk_us(const Sm90Cost& cost) { return cost.gradient * (cost.slice == 128 ? kValues128 : 1.0); }
 
 double out_us(const Problem& p, const Sm90Cost& cost) {
   const double elements = kChunk * (2 * cost.tile_a + cost.slice) / 1024.0;
@@ -267,33 +265,29 @@ Status plan_sm90(const Problem& p, const DeviceProps& device, const Forced& forc
       const bool cut = cut_into_segments(p, segment_len, &candidate);
       const std::vector<Walk> walks = walks_of(p, candidate);
       double us = kFirstUs;
-      auto add = [&](int launch, int64_t dim_a, int64_t dim_c, int wanted_slice, bool has_dq, bool has_dk) -> bool {
+      auto add = [&](int launch, int64_t dim_a, int64_t dim_c, int wanted_slice, int jobs, auto chunk_us) -> bool {
         const Sm90Cost* cost = find(tile_for(dim_a), wanted_slice);
         if (cost == nullptr) return false;
         const int64_t slices = ceil_div(dim_c, wanted_slice);
         candidate.tiles[launch] = {cost->tile_a, wanted_slice, kChunk};
         candidate.max_blocks[launch] = most_blocks(p, device, forced);
         candidate.num_launches = launch + 1;
-        const int jobs = has_dq && has_dk ? 2 : 1;
         const double bytes = rows * jobs * 2 * static_cast<double>(dim_a + dim_c);
-        const double chunk_us = !p.backward ? out_us(p, *cost)
-                                : jobs == 2 ? (gradient_us(*cost, true) + gradient_us(*cost, false)) / 2
-                                            : gradient_us(*cost, has_dq);
         us += mean_us(walks, [&](const Walk& walk) {
-          return launch_us(device, walk, slices * jobs, 1, chunk_us, bytes, packed_item_us(p, wanted_slice));
+          return launch_us(device, walk, slices * jobs, 1, chunk_us(*cost), bytes, packed_item_us(p, wanted_slice));
         });
         return true;
       };
       if (!p.backward) {
         if (slice == 128 && p.dim_v <= 64) continue;
-        if (!add(0, p.dim_k, p.dim_v, slice, false, false)) continue;
+        if (!add(0, p.dim_k, p.dim_v, slice, 1, [&](const Sm90Cost& cost) { return out_us(p, cost); })) continue;
       } else if (is_fused) {
         if (slice == 128 && p.dim_k <= 64) continue;
         candidate.is_fused = true;
         candidate.tiles[0] = {tile_for(p.dim_v), tile_for(p.dim_k), kChunk};  // of dk
         candidate.max_blocks[0] = most_blocks(p, device, forced);
         const double before = us;
-        if (!add(1, p.dim_v, p.dim_k, slice, true, false)) continue;
+        if (!add(1, p.dim_v, p.dim_k, slice, 1, dq_us)) continue;
         const double of_dq = us - before,
                      of_pair = mean_us(walks, [&](const Walk& walk) {
                        return launch_us(device, walk, 1, 1, pair_us, rows * 3 * static_cast<double>(p.dim_k + p.dim_v));
@@ -305,7 +299,9 @@ Status plan_sm90(const Problem& p, const DeviceProps& device, const Forced& forc
         const int slice_k = slice_of_gradients(slice, p.dim_v, p.dim_k);
         const int slice_v = slice_of_gradients(slice, p.dim_k, p.dim_v);
         if (slice == 128 && slice_k == 64 && slice_v == 64) continue;
-        if (!add(0, p.dim_v, p.dim_k, slice_k, true, true) || !add(1, p.dim_k, p.dim_v, slice_v, false, true)) continue;
+        auto mean_of_both = [](const Sm90Cost& cost) { return (dq_us(cost) + dk_us(cost)) / 2; };
+        if (!add(0, p.dim_v, p.dim_k, slice_k, 2, mean_of_both) || !add(1, p.dim_k, p.dim_v, slice_v, 1, dk_us))
+          continue;
         us += kDqUs;
       }
       if (p.is_extend) set_lanes(p, device, forced, &candidate);
